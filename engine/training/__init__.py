@@ -1,0 +1,1 @@
+"""Training of the two stages, and the worlds they learn from."""

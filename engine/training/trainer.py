@@ -1,0 +1,166 @@
+"""The loop both stages share: AdamW, warm-up and cosine decay, a moving average of the weights, a log, checkpoints that a run resumes from.
+
+A run lives in a folder: `checkpoint.safetensors` (weights, their average, the optimiser's moments) and `state.json` (step, seconds), written whole or not at all, and
+`log.jsonl`, a line every few steps. Each step draws from generators seeded by (seed, step), so a resumed run sees the data it would have seen.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from ..pretrained import load_tensors, read_json, save_tensors, write_json
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long and how to train. With `minutes` the run ends after that much time in all, and the learning rate decays with the time instead of with the steps."""
+
+    steps: int = 10_000
+    minutes: float | None = None
+    learning_rate: float = 1e-3
+    warmup: int = 200
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: float = 1.0
+    ema: float = 0.999
+    precision: str = "bf16"
+    seed: int = 0
+    log_every: int = 20
+    save_every: int = 500
+
+    def __post_init__(self):
+        if self.precision not in ("bf16", "fp32"):
+            raise ValueError(f"precision: expected 'bf16' or 'fp32', got {self.precision!r}")
+        for name in ("steps", "learning_rate", "log_every", "save_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"minutes: expected a number above 0, got {self.minutes}")
+
+
+class Trainer:
+    """Trains `model` in `folder`; resumes where a run in that folder stopped."""
+
+    def __init__(self, model: nn.Module, folder: str | Path, config: TrainerConfig):
+        self.model, self.config, self.folder = model, config, Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = [p for p in self.parameters.values() if p.dim() > 1]
+        vectors = [p for p in self.parameters.values() if p.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.step, self.seconds = 0, 0.0
+        if (self.folder / "state.json").is_file():
+            self._load()
+
+    @property
+    def progress(self) -> float:
+        """From 0 to 1."""
+        if self.config.minutes is not None:
+            return min(1.0, self.seconds / (60 * self.config.minutes))
+        return min(1.0, self.step / self.config.steps)
+
+    def run(self, loss: Callable[[int], dict[str, Tensor]], describe: str) -> None:
+        """Call `loss(step)` for a dict whose "loss" is minimised and whose other entries are logged, until the budget is spent."""
+        begun, sums, counted = time.monotonic() - self.seconds, {}, 0
+        with self._bar(describe) as show:
+            while self.progress < 1:
+                rate = self.config.learning_rate * min(1, (self.step + 1) / self.config.warmup)
+                rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress))
+                for group in self.optimiser.param_groups:
+                    group["lr"] = rate
+                device = next(iter(self.parameters.values())).device.type
+                with torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
+                    terms = loss(self.step)
+                terms["loss"].backward()
+                terms["gradient"] = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip_norm)
+                if torch.isfinite(terms["gradient"]):
+                    self.optimiser.step()
+                self.optimiser.zero_grad(set_to_none=True)
+                self._update_average()
+                self.step, self.seconds, counted = self.step + 1, time.monotonic() - begun, counted + 1
+                sums = {name: sums.get(name, 0.0) + float(value.detach()) for name, value in terms.items()}
+                if self.step % self.config.log_every == 0:
+                    means = {name: value / counted for name, value in sums.items()}
+                    self._log({"step": self.step, "seconds": round(self.seconds, 1), "rate": rate, **means})
+                    show(means)
+                    sums, counted = {}, 0
+                if self.step % self.config.save_every == 0:
+                    self.save()
+        self.save()
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        # A short average at first, so that it does not remember the start.
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with the averaged weights."""
+        raw = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._assign(self.average)
+        try:
+            yield
+        finally:
+            self._assign(raw)
+
+    @torch.no_grad()
+    def _assign(self, values: dict[str, Tensor]) -> None:
+        for name, p in self.parameters.items():
+            p.copy_(values[name])
+
+    def save(self) -> None:
+        """Write the checkpoint. Its step is inside it, so weights and step cannot come apart."""
+        tensors = {}
+        for name, p in self.parameters.items():
+            tensors[f"model.{name}"], tensors[f"average.{name}"] = p, self.average[name]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if p in self.optimiser.state:
+                    tensors[f"{moment}.{name}"] = self.optimiser.state[p][moment]
+        tensors["step"] = torch.tensor(self.step)
+        tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
+        save_tensors(self.folder / "checkpoint.safetensors", tensors)
+        write_json(self.folder / "state.json", {"step": self.step, "seconds": self.seconds})
+
+    def _load(self) -> None:
+        read_json(self.folder / "state.json")
+        path = self.folder / "checkpoint.safetensors"
+        tensors = load_tensors(path)
+        for name, p in self.parameters.items():
+            if f"model.{name}" not in tensors or tensors[f"model.{name}"].shape != p.shape:
+                raise ValueError(f"{path}: {name!r} does not fit the model that is to be trained; use another folder or the same configuration")
+            with torch.no_grad():
+                p.copy_(tensors[f"model.{name}"])
+                self.average[name].copy_(tensors[f"average.{name}"])
+            if f"exp_avg.{name}" in tensors:
+                moments = {moment: tensors[f"{moment}.{name}"].to(p.device) for moment in ("exp_avg", "exp_avg_sq")}
+                self.optimiser.state[p] = {"step": tensors["step"].float().clone(), **moments}
+        self.step, self.seconds = int(tensors["step"]), float(tensors["seconds"])
+
+    def _log(self, line: dict) -> None:
+        with (self.folder / "log.jsonl").open("a") as log:
+            log.write(json.dumps({name: round(value, 6) if isinstance(value, float) else value for name, value in line.items()}) + "\n")
+
+    @contextmanager
+    def _bar(self, describe: str) -> Iterator[Callable[[dict[str, float]], None]]:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (*columns, TextColumn("{task.fields[terms]}"))
+        by_time = self.config.minutes is not None
+        with Progress(*columns) as bar:
+            task = bar.add_task(describe, total=round(60 * self.config.minutes) if by_time else self.config.steps, terms="")
+
+            def show(terms: dict[str, float]) -> None:
+                text = " ".join(f"{name} {value:.4g}" for name, value in terms.items())
+                bar.update(task, completed=round(self.seconds) if by_time else self.step, terms=text)
+
+            yield show

@@ -1,0 +1,36 @@
+"""Kernels for video transformers over packs of clips. Needs torch alone on a CPU, and triton on a GPU."""
+
+from .attention import attention
+from .dispatch import Engagement, engaged, reset_engaged
+from .guidance import guided_step
+from .layout import Capacity, ClipSpan, VideoLayout
+from .masks import Coordinates, FrameCausal, Full, Mask, Spatial, Temporal
+from .norms import Modulation, gated_residual, modulated_norm
+from .patch_embed import grid_of, patch_embed, patchify, unpatchify
+from .rotary import qk_norm_rope, rotary_table
+
+__all__ = [
+    "Capacity",
+    "ClipSpan",
+    "Coordinates",
+    "Engagement",
+    "FrameCausal",
+    "Full",
+    "Mask",
+    "Modulation",
+    "Spatial",
+    "Temporal",
+    "VideoLayout",
+    "attention",
+    "engaged",
+    "gated_residual",
+    "grid_of",
+    "guided_step",
+    "modulated_norm",
+    "patch_embed",
+    "patchify",
+    "qk_norm_rope",
+    "reset_engaged",
+    "rotary_table",
+    "unpatchify",
+]

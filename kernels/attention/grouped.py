@@ -1,0 +1,149 @@
+"""Attention in plain torch, fast on a CPU: equal blocks of the mask are gathered into one batch and given to SDPA.
+
+Every mask of ours decomposes exactly into blocks of queries that see the same keys: the frames of a clip for `Spatial`, its sites for `Temporal`,
+its chunks for `FrameCausal`, the clip for `Full`. Blocks of equal shape, of one clip or of many, make one call of
+`scaled_dot_product_attention`. No dense mask is built: only `Temporal` needs one, of T x T entries shared by all sites. The blocks depend on the layouts
+and the mask alone and are kept in the layout's cache.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..layout import ClipSpan, VideoLayout
+from ..masks import Mask
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`n` blocks of equal shape: token indices of queries (n, m) and of keys (n, l); `bias` (m, l) bool if not all is visible."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    visible: torch.Tensor | None
+    queries_view: tuple[int, ...] | None
+    keys_view: tuple[int, ...] | None
+
+
+def attention_grouped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, mask: Mask, kv_layout: VideoLayout, scale: float
+) -> torch.Tensor:
+    """Same arguments and result as `attention_reference`, in q's dtype."""
+    batches = _batches(layout, mask, kv_layout)
+    outs, places = [], []
+    for batch in batches:
+        out = _attend(
+            _take(q, batch.queries, batch.queries_view).transpose(1, 2),
+            _take(k, batch.keys, batch.keys_view).transpose(1, 2),
+            _take(v, batch.keys, batch.keys_view).transpose(1, 2),
+            batch.visible,
+            scale,
+        ).transpose(1, 2)
+        if len(batches) == 1 and batch.queries_view is not None and batch.queries.numel() == q.shape[0]:
+            return _put_view(out, batch.queries_view)
+        outs.append(out.flatten(0, 1))
+        places.append(batch.queries.flatten())
+    result = q.new_zeros(*q.shape[:2], v.shape[2])
+    return result.index_copy(0, torch.cat(places), torch.cat(outs)) if outs else result
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """softmax(scale q k^T) v over (n, heads, m, d)."""
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled() and q.requires_grad:
+        # SDPA's low-precision backward on a CPU is several times slower than these products on blocks as short as frames and sites.
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        logits = (q * scale) @ k.transpose(-1, -2)
+        if visible is not None:
+            logits = logits.masked_fill(~visible, -torch.inf)
+        return logits.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _take(x: torch.Tensor, index: torch.Tensor, view: tuple[int, ...] | None) -> torch.Tensor:
+    """x[index] as (n, m, heads, d); a view with strides (start, clips, frames, sites, by_site) where the index is regular saves the gather's backward."""
+    if view is None:
+        return x[index]
+    start, clips, frames, sites, by_site = view
+    x = x[start : start + clips * frames * sites].unflatten(0, (clips, frames, sites))
+    return x.transpose(1, 2).flatten(0, 1) if by_site else x.flatten(0, 1)
+
+
+def _put_view(out: torch.Tensor, view: tuple[int, ...]) -> torch.Tensor:
+    _, clips, frames, sites, by_site = view
+    if by_site:
+        out = out.unflatten(0, (clips, sites)).transpose(1, 2)
+    return out.reshape(clips * frames * sites, *out.shape[-2:])
+
+
+def _batches(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> list[Batch]:
+    key = ("grouped", mask, None if kv_layout is layout else tuple(kv_layout.clips))
+    if key not in layout.cache:
+        layout.cache[key] = _plan(layout, mask, kv_layout)
+    return layout.cache[key]
+
+
+def _plan(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> list[Batch]:
+    buckets = defaultdict(list)
+    for query, key in zip(layout.clips, kv_layout.clips, strict=True):
+        for queries, keys, visible in _blocks(query, key, mask):
+            if queries.numel() and keys.numel():
+                signature = None if visible is None else visible.numpy().tobytes()
+                buckets[queries.shape[1], keys.shape[1], signature].append((queries, keys, visible))
+    batches = []
+    for blocks in buckets.values():
+        queries, keys = torch.cat([block[0] for block in blocks]), torch.cat([block[1] for block in blocks])
+        visible = blocks[0][2]
+        views = (_regular(queries), _regular(keys))
+        device = layout.device
+        batches.append(Batch(queries.to(device), keys.to(device), None if visible is None else visible.to(device), *views))
+    return batches
+
+
+def _blocks(query: ClipSpan, key: ClipSpan, mask: Mask):
+    """The blocks of one clip: (queries (n, m), keys (n, l), visible (m, l) or None)."""
+    text_q = torch.arange(query.text_start, query.text_stop)
+    text_k = torch.arange(key.text_start, key.text_stop)
+    video_q = torch.arange(query.video_start, query.video_stop).view(query.frames, -1)
+    video_k = torch.arange(key.video_start, key.video_stop).view(key.frames, -1)
+    all_k = torch.cat((video_k.flatten(), text_k)).sort().values
+    t = torch.arange(query.frames)[:, None] + query.first_frame
+    u = torch.arange(key.frames)[None, :] + key.first_frame
+    seen = mask.rule(t, u, torch.tensor(key.known, dtype=torch.bool)[None, :])
+
+    if mask.same_site and key.frames and query.frames:
+        yield text_q[None], all_k[None], None
+        rows = seen.any(dim=1) | bool(len(text_k))
+        columns = seen[rows].any(dim=0)
+        keys = torch.cat((video_k[columns].T, text_k.expand(video_k.shape[1], -1)), dim=1)
+        visible = torch.cat((seen[rows][:, columns], torch.ones(int(rows.sum()), len(text_k), dtype=torch.bool)), dim=1)
+        yield video_q[rows].T, keys, None if visible.all() else visible
+        return
+    # Frames that see the same frames make one block; the text, which sees everything, joins those that do too.
+    members = defaultdict(list)
+    for frame, row in enumerate(seen.tolist()):
+        members[tuple(row)].append(video_q[frame])
+    if len(text_q):
+        members[(True,) * key.frames].append(text_q)
+    for row, tokens in members.items():
+        keys = torch.cat((video_k[torch.tensor(row, dtype=torch.bool)].flatten(), text_k)).sort().values
+        yield torch.cat(tokens).sort().values[None], keys[None], None
+
+
+def _regular(index: torch.Tensor) -> tuple[int, ...] | None:
+    """(start, clips, frames, sites, by_site) if the blocks tile one stretch of the token axis, as whole runs or as the sites of equal clips."""
+    n, m = index.shape
+    start = int(index.min())
+    if torch.equal(index, torch.arange(start, start + n * m).view(n, m)):
+        return start, 1, n, m, False
+    sites = 1
+    while sites < n and index[sites, 0] == index[0, 0] + sites:
+        sites += 1
+    if n % sites == 0:
+        grid = torch.arange(start, start + n * m).view(n // sites, m, sites)
+        if torch.equal(index, grid.transpose(1, 2).reshape(n, m)):
+            return start, n // sites, m, sites, True
+    return None

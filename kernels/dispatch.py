@@ -1,0 +1,50 @@
+"""Choosing an implementation of an op, and the record of which one ran.
+
+Silently running a slow path is the failure that users of fused kernels report most, so every call is recorded: `engaged()` tells, for each op, how
+often each implementation ran and why the ones that were preferred could not.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+IMPLEMENTATIONS = ("auto", "reference", "torch", "triton", "gluon")
+
+
+@dataclass
+class Engagement:
+    """How often an implementation ran, and for each preferred one that was passed over, why."""
+
+    calls: int = 0
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+
+_record: dict[str, dict[str, Engagement]] = {}
+
+
+def engaged() -> dict[str, dict[str, Engagement]]:
+    """op -> implementation -> Engagement, since the start or the last `reset_engaged()`."""
+    return {op: dict(ran) for op, ran in _record.items()}
+
+
+def reset_engaged() -> None:
+    """Forget what ran so far."""
+    _record.clear()
+
+
+def select(op: str, requested: str, available: Mapping[str, Callable], unavailable: Mapping[str, str] | None = None) -> Callable:
+    """The implementation of `op` to run, recorded as engaged.
+
+    `available` maps names to functions, the preferred first ("auto" takes that); `unavailable` maps the names of implementations that cannot run
+    here to the reason. Raises ValueError for a name that is unknown or cannot run, with the reason.
+    """
+    unavailable = unavailable or {}
+    name = next(iter(available)) if requested == "auto" else requested
+    if name not in available:
+        if name in unavailable:
+            raise ValueError(f"implementation: {op} cannot run as {name!r}: {unavailable[name]}")
+        raise ValueError(f"implementation: expected one of {', '.join(('auto', *available))} for {op}, got {requested!r}")
+    engagement = _record.setdefault(op, {}).setdefault(name, Engagement())
+    engagement.calls += 1
+    if requested == "auto":
+        engagement.passed_over.update(unavailable)
+    return available[name]

@@ -1,0 +1,108 @@
+"""Who may attend to whom, said as a rule on coordinates.
+
+Each mask is one predicate on the frame t of a query and the frame u of a key (and whether that key frame is known), plus whether the two must lie
+at the same site (h, w). The predicate uses only operators that ints, NumPy arrays and tensors share, so the dense reference, the schedule of the
+blocks and other libraries' mask functions are all derived from the same line.
+
+Clips never see each other. Text segments of a joint layout see, and are seen by, every token of their clip. Known frames are the prefix of a
+prefix language model (Raffel et al. 2020): causal masks let every query of the clip see them, also from earlier frames.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+
+class Coordinates(NamedTuple):
+    """Where tokens lie: integer tensors of one shape. `clip` is -1 past the end of a pack; t, h, w are 0 for text."""
+
+    clip: torch.Tensor
+    t: torch.Tensor
+    h: torch.Tensor
+    w: torch.Tensor
+    text: torch.Tensor
+    known: torch.Tensor
+
+    def __getitem__(self, item):  # Coordinates of a subset, or broadcast against another set: c[:, None]
+        return Coordinates(*(field[item] for field in tuple(self)))
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A rule on frames; `same_site` restricts it further to equal (h, w)."""
+
+    same_site: ClassVar[bool] = False
+
+    def rule(self, t: Any, u: Any, known: Any) -> Any:
+        """May a query in frame t see a key in frame u? Broadcasts; `known` says whether frame u is known."""
+        raise TypeError("Mask is abstract: use Full, Spatial, Temporal or FrameCausal")
+
+    def allowed(self, query: Coordinates, key: Coordinates) -> torch.Tensor:
+        """The whole predicate on token coordinates, a bool tensor of their broadcast shape."""
+        video = self.rule(query.t, key.t, key.known)
+        if self.same_site:
+            video = video & (query.h == key.h) & (query.w == key.w)
+        return (query.clip == key.clip) & (query.clip >= 0) & (video | query.text | key.text)
+
+
+@dataclass(frozen=True)
+class Full(Mask):
+    """Every token of the clip."""
+
+    def rule(self, t, u, known):
+        return (t == t) & (u == u)
+
+
+@dataclass(frozen=True)
+class Spatial(Mask):
+    """Tokens of the same frame: u == t."""
+
+    def rule(self, t, u, known):
+        return u == t
+
+
+@dataclass(frozen=True)
+class Temporal(Mask):
+    """The same site in other frames: u <= t if causal, |t - u| < window if a window is given, and every known frame."""
+
+    same_site: ClassVar[bool] = True
+    causal: bool = True
+    window: int | None = None
+
+    def __post_init__(self):
+        _check_count("window", self.window, optional=True)
+
+    def rule(self, t, u, known):
+        seen = (u <= t) if self.causal else (u == u) & (t == t)
+        if self.window is not None:
+            seen = seen & (t - u < self.window) & (u - t < self.window)
+        return seen | known
+
+
+@dataclass(frozen=True)
+class FrameCausal(Mask):
+    """Whole frames in chunks: u // chunk <= t // chunk; with a window of chunks, t // chunk - u // chunk < window or u < sink; and known frames."""
+
+    chunk: int = 1
+    window: int | None = None
+    sink: int = 0
+
+    def __post_init__(self):
+        _check_count("chunk", self.chunk)
+        _check_count("window", self.window, optional=True)
+        if not isinstance(self.sink, int) or self.sink < 0:
+            raise ValueError(f"sink: expected a number of frames >= 0, got {self.sink!r}")
+
+    def rule(self, t, u, known):
+        seen = u // self.chunk <= t // self.chunk
+        if self.window is not None:
+            seen = seen & ((t // self.chunk - u // self.chunk < self.window) | (u < self.sink))
+        return seen | known
+
+
+def _check_count(name: str, value: int | None, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1{' or None' if optional else ''}, got {value!r}")
