@@ -29,7 +29,7 @@ class PretrainedModule(nn.Module):
     def from_pretrained(cls, folder: str | Path):
         """Load from a folder. Raises FileNotFoundError for a missing folder or file, ValueError for contents that do not fit."""
         folder = Path(folder)
-        config = cls.config_class(**read_config(folder, cls.config_class))
+        config = read_config(folder / "config.json", cls.config_class)
         model = cls(config)
         tensors = load_tensors(folder / "model.safetensors")
         # Weights may be stored in half precision to be small; the model computes in float32 unless it is asked otherwise.
@@ -49,15 +49,35 @@ class PretrainedModule(nn.Module):
         save_tensors(folder / "model.safetensors", {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in self.state_dict().items()})
 
 
-def read_config(folder: Path, config_class: type) -> dict:
-    """The fields of a dataclass from folder/config.json."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected one with config.json and model.safetensors")
-    values = read_json(folder / "config.json")
+def fetch(name: str | Path, what: str, patterns: list[str]) -> Path:
+    """A local folder, or where the files of a hub id that match the patterns were downloaded to. Raises FileNotFoundError."""
+    if not isinstance(name, str | Path):
+        raise TypeError(f"{what}: expected a folder or a hub id, got a {type(name).__name__}")
+    folder, text = Path(name), str(name)
+    if folder.is_dir():
+        return folder
+    if isinstance(name, Path) or folder.exists() or folder.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
+        raise FileNotFoundError(f"{what} {text!r}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=patterns))
+    except Exception as error:  # a bad name, no such name, no access, no network: each has its own class there
+        raise FileNotFoundError(f"{what} {text!r}: no such folder, and not to be had from the Hugging Face hub: {error}") from error
+
+
+def read_config(path: Path, config_class: type):
+    """A dataclass from a JSON file. Raises FileNotFoundError or ValueError, naming the file."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder; expected one with {path.name}")
+    values = read_json(path)
     known = {f.name for f in dataclasses.fields(config_class)}
     if unknown := sorted(set(values) - known):
-        raise ValueError(f"{folder / 'config.json'}: unknown fields {', '.join(unknown)}")
-    return {name: _tuples(value) for name, value in values.items()}
+        raise ValueError(f"{path}: unknown fields {', '.join(unknown)}")
+    try:
+        return config_class(**{name: _tuples(value) for name, value in values.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _tuples(value):
@@ -77,6 +97,7 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, values: dict) -> None:
+    """Write a JSON file whole or not at all."""
     write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
@@ -96,6 +117,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         whole = Path(temporary) / path.name
         save_file(tensors, whole, metadata)
+        whole.chmod(0o644)  # safetensors makes files that only their owner can read
         os.replace(whole, path)
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .pretrained import fetch, read_json
+
 _CLIP_TYPES = ("clip", "clip_text_model")
 _T5_TYPES = ("t5", "umt5")
 _T5_MAX_LENGTH = 512  # T5's positions are relative and have no end; this is the length it was trained at
@@ -103,7 +105,7 @@ class TextEncoder(nn.Module):
             FileNotFoundError: no such folder or hub name, or a file of it is missing.
             ValueError: an unsupported model type, pickled weights only, or a file that cannot be read.
         """
-        folder = _resolve(name_or_folder)
+        folder = fetch(name_or_folder, "text encoder", _HUB_FILES)
         model_type = _model_type(folder)
         _check_weights(folder)
         _check_tokenizer_files(folder, model_type)
@@ -292,38 +294,8 @@ def _train_clip_tokenizer(captions: list[str], max_length: int, vocab_size: int)
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 
 
-def _resolve(name_or_folder: str | Path) -> Path:
-    """The local folder, or where the hub's files were downloaded to."""
-    if not isinstance(name_or_folder, str | Path):
-        raise TypeError(f"name_or_folder must be a str or a Path, got a {type(name_or_folder).__name__}")
-    folder = Path(name_or_folder)
-    if folder.is_dir():
-        return folder
-    name = str(name_or_folder)
-    if isinstance(name_or_folder, Path) or folder.exists() or folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"text encoder {name!r}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # a bad name, no such name, no access, no network: each has its own class there
-        raise FileNotFoundError(f"text encoder {name!r}: no such folder, and not to be had from the Hugging Face hub: {error}") from error
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing, so {path.parent} is not a text encoder in transformers' format")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got a {type(content).__name__}")
-    return content
-
-
 def _model_type(folder: Path) -> str:
-    model_type = _read_json(folder / "config.json").get("model_type")
+    model_type = read_json(folder / "config.json").get("model_type")
     if model_type not in _CLIP_TYPES + _T5_TYPES:
         raise ValueError(f"{folder}: model_type {model_type!r} is not supported; expected one of {', '.join(_CLIP_TYPES + _T5_TYPES)}")
     return model_type
@@ -337,7 +309,7 @@ def _check_weights(folder: Path) -> None:
     if (folder / "model.safetensors").exists():
         files = [folder / "model.safetensors"]
     elif index.exists():
-        files = sorted({folder / shard for shard in _read_json(index).get("weight_map", {}).values()})
+        files = sorted({folder / shard for shard in read_json(index).get("weight_map", {}).values()})
     else:
         pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLED)
         if pickled:

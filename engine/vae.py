@@ -102,9 +102,21 @@ class VideoVAE(PretrainedModule):
         frames = self.decoder(rearrange(torch.cat((space, time), dim=1), "b c t h w -> (b t) c h w"))
         return rearrange(frames, "(b t) c h w -> b c t h w", b=space.shape[0])
 
-    def decode_space(self, space: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """Video from the space latents alone: the time latents are recomputed from them."""
-        return self.decode(space, self.time(space, cache))
+    def decode_space(self, space: Tensor, cache: StreamCache | None = None, given: dict[int, Tensor] | None = None) -> Tensor:
+        """Video from the space latents alone: the time latents are recomputed from them.
+
+        cache: as in `encode`, for a stream. given: frames (batch, 3, H, W) that are known, by index; what follows them is decoded as following the pictures given.
+        """
+        if not given:
+            return self.decode(space, self.time(space, cache))
+        cache, frames = StreamCache() if cache is None else cache, []
+        for i in range(space.shape[2]):
+            code = space[:, :, i : i + 1]
+            if i in given:
+                code, _ = self.encoder(given[i][:, :, None], frames[-1][:, :, 0] if frames else None)
+            time = self.time(code, cache)
+            frames.append(given[i][:, :, None] if i in given else self.decode(code, time))
+        return torch.cat(frames, dim=2)
 
     def prior_of(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the learned prior p(S_i | H_i)."""
@@ -162,6 +174,10 @@ class Encoder(nn.Module):
         self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
         self.coarse = nn.Sequential(*(ResBlock(2 * width) for _ in range(config.encoder_blocks)), ChannelNorm(2 * width), nn.SiLU())
         self.out = nn.Conv2d(2 * width, 2 * config.latent_channels, 3, padding=1)
+        # A linear way around the deep one: pictures come through from the first steps of training (Chen et al. 2024, DC-AE).
+        self.around = nn.Linear(3 * 64, config.latent_channels)
+        with torch.no_grad():
+            self.out.bias[config.latent_channels :] = -3.0
 
     def forward(self, video: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
         batch = video.shape[0]
@@ -176,7 +192,8 @@ class Encoder(nn.Module):
         x = F.conv2d(pairs.contiguous(memory_format=torch.channels_last), self.embed.weight.flatten(1, 2), self.embed.bias, padding=1)
         x = self.out(self.coarse(self.down(self.fine(x))))
         mean, logvar = rearrange(x, "(b t) c h w -> b c t h w", b=batch).chunk(2, dim=1)
-        return mean, logvar.float().clamp(-12, 6)
+        around = self.around(rearrange(video, "b c t (h p) (w q) -> b t h w (c p q)", p=8, q=8))
+        return mean + rearrange(around, "b t h w c -> b c t h w"), logvar.float().clamp(-12, 6)
 
 
 class Decoder(nn.Module):
@@ -192,10 +209,12 @@ class Decoder(nn.Module):
         self.up_fine = Grow(width, width // 2)
         self.finest = nn.Sequential(ResBlock(width // 2), ChannelNorm(width // 2), nn.SiLU())
         self.out = nn.Sequential(nn.Conv2d(width // 2, 12, 3, padding=1), nn.PixelShuffle(2))
+        self.around = nn.Linear(2 * config.latent_channels, 3 * 64)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.embed(latents.contiguous(memory_format=torch.channels_last))
-        return self.out(self.finest(self.up_fine(self.fine(self.up(self.coarse(x))))))
+        x = self.out(self.finest(self.up_fine(self.fine(self.up(self.coarse(x))))))
+        return x + rearrange(self.around(latents.permute(0, 2, 3, 1)), "b h w (c p q) -> b c (h p) (w q)", p=8, q=8)
 
 
 class TimeTransformer(nn.Module):

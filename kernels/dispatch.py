@@ -1,9 +1,10 @@
 """Choosing an implementation of an op, and the record of which one ran.
 
-Silently running a slow path is the failure that users of fused kernels report most, so every call is recorded: `engaged()` tells, for each op, how
-often each implementation ran and why the ones that were preferred could not.
+Silently running a slow path is the failure that users of fused kernels report most, so every call is recorded: `engaged()` tells, for each
+op, how often each implementation ran and why the ones that were preferred could not.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -22,8 +23,8 @@ _record: dict[str, dict[str, Engagement]] = {}
 
 
 def engaged() -> dict[str, dict[str, Engagement]]:
-    """op -> implementation -> Engagement, since the start or the last `reset_engaged()`."""
-    return {op: dict(ran) for op, ran in _record.items()}
+    """op -> implementation -> Engagement, since the start or the last `reset_engaged()`; a copy, which later calls do not change."""
+    return copy.deepcopy(_record)
 
 
 def reset_engaged() -> None:
@@ -34,8 +35,8 @@ def reset_engaged() -> None:
 def select(op: str, requested: str, available: Mapping[str, Callable], unavailable: Mapping[str, str] | None = None) -> Callable:
     """The implementation of `op` to run, recorded as engaged.
 
-    `available` maps names to functions, the preferred first ("auto" takes that); `unavailable` maps the names of implementations that cannot run
-    here to the reason. Raises ValueError for a name that is unknown or cannot run, with the reason.
+    `available` maps names to functions, the preferred first ("auto" takes that); `unavailable` maps the names of implementations that
+    cannot run here to the reason. Raises ValueError for a name that is unknown or cannot run, with the reason.
     """
     unavailable = unavailable or {}
     name = next(iter(available)) if requested == "auto" else requested

@@ -1,8 +1,9 @@
 """Where each clip and frame of a pack lies.
 
-A pack holds the tokens of several clips of any sizes on one token axis, with no padding between them (NaViT, Dehghani et al. 2023). A clip's video
-tokens lie in (t, h, w) order; in a joint layout its text tokens lie before or after them. The layout is planned on the host from the grids and read
-by kernels from small int32 tensors on the device; with a fixed capacity those tensors keep their size whatever the pack holds.
+A pack holds the tokens of several clips of any sizes on one token axis, with no padding between them (NaViT, Dehghani et al. 2023). A
+clip's video tokens lie in (t, h, w) order; in a joint layout its text tokens lie before or after them. The layout is planned on the host
+from the grids and read by kernels from small int32 tensors on the device; with a fixed capacity those tensors keep their size whatever the
+pack holds.
 """
 
 from collections.abc import Sequence
@@ -63,8 +64,9 @@ class VideoLayout:
     """The table of a pack. Build it with `VideoLayout.pack` or, for text alone, `VideoLayout.segments`.
 
     Host side: `clips` (a tuple of ClipSpan), `tokens` (length of the token axis), `used_tokens` (without the unused end of a capacity),
-    `num_clips`, `num_frames`. Device side, int32, of capacity size where one is given, offsets past the end repeating the last one: `clip_offsets`
-    (clips + 1,), `clip_grids` (clips, 3), `frame_starts` (frames,), `frame_lengths` (frames,), `frame_clips` (frames,); and `frame_known` (frames,) bool.
+    `num_clips`, `num_frames`. Device side, int32, of capacity size where one is given, offsets past the end repeating the last one:
+    `clip_offsets` (clips + 1,), `clip_grids` (clips, 3), `frame_starts` (frames,), `frame_lengths` (frames,), `frame_clips` (frames,); and
+    `frame_known` (frames,) bool.
     """
 
     def __init__(self, clips: Sequence[ClipSpan], capacity: Capacity | None, device: torch.device | str):
@@ -100,10 +102,10 @@ class VideoLayout:
     ) -> "VideoLayout":
         """Lay clips of (T, H, W) tokens one after the other.
 
-        text: tokens of text of each clip (a joint layout), after its video or, with text_first, before it. known: per clip, which frames are known.
-        first_frames: the index that a clip's first frame has for the masks (0), so that a chunk can attend to a cache of earlier frames. positions: per
-        clip, the place of each frame on the time axis of the position embedding (first_frame, first_frame + 1, ...). Raises ValueError on a
-        mismatch of lengths or an empty grid.
+        text: tokens of text of each clip (a joint layout), after its video or, with text_first, before it. known: per clip, which frames
+        are known. first_frames: the index that a clip's first frame has for the masks (0), so that a chunk can attend to a cache of earlier
+        frames. positions: per clip, the place of each frame on the time axis of the position embedding (first_frame, first_frame + 1, ...).
+        Raises ValueError on a mismatch of lengths or an empty grid.
         """
         for name, values in (("text", text), ("known", known), ("first_frames", first_frames), ("positions", positions)):
             if values is not None and len(values) != len(grids):
@@ -113,7 +115,7 @@ class VideoLayout:
             grid = _check_grid(i, grid)
             video = grid[0] * grid[1] * grid[2]
             length = _check_length(f"text[{i}]", text[i]) if text is not None else 0
-            first = int(first_frames[i]) if first_frames is not None else 0
+            first = _check_frame(f"first_frames[{i}]", first_frames[i]) if first_frames is not None else 0
             marks = _per_frame(f"known[{i}]", known[i] if known is not None else None, [False] * grid[0])
             places = _per_frame(f"positions[{i}]", positions[i] if positions is not None else None, range(first, first + grid[0]))
             clips.append(
@@ -256,6 +258,12 @@ def _check_length(name: str, length) -> int:
     if int(length) != length or length < 0:
         raise ValueError(f"{name}: expected a number of tokens >= 0, got {length!r}")
     return int(length)
+
+
+def _check_frame(name: str, frame) -> int:
+    if int(frame) != frame:
+        raise ValueError(f"{name}: expected a whole number, got {frame!r}")
+    return int(frame)
 
 
 def _per_frame(name: str, values, default) -> list:

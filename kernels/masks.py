@@ -1,11 +1,11 @@
 """Who may attend to whom, said as a rule on coordinates.
 
-Each mask is one predicate on the frame t of a query and the frame u of a key (and whether that key frame is known), plus whether the two must lie
-at the same site (h, w). The predicate uses only operators that ints, NumPy arrays and tensors share, so the dense reference, the schedule of the
-blocks and other libraries' mask functions are all derived from the same line.
+Each mask is one predicate on the frame t of a query and the frame u of a key (and whether that key frame is known), plus whether the two
+must lie at the same site (h, w). The predicate uses only operators that ints, NumPy arrays and tensors share, so the dense reference, the
+schedule of the blocks and other libraries' mask functions are all derived from the same line.
 
-Clips never see each other. Text segments of a joint layout see, and are seen by, every token of their clip. Known frames are the prefix of a
-prefix language model (Raffel et al. 2020): causal masks let every query of the clip see them, also from earlier frames.
+Clips never see each other. Text segments of a joint layout see, and are seen by, every token of their clip. Known frames are the prefix of
+a prefix language model (Raffel et al. 2020): causal masks let every query of the clip see them, also from earlier frames.
 """
 
 from dataclasses import dataclass
@@ -82,7 +82,9 @@ class Temporal(Mask):
 
 @dataclass(frozen=True)
 class FrameCausal(Mask):
-    """Whole frames in chunks: u // chunk <= t // chunk; with a window of chunks, t // chunk - u // chunk < window or u < sink; and known frames."""
+    """Whole frames in chunks: u // chunk <= t // chunk; with a window of chunks, t // chunk - u // chunk < window or u < sink (frames); and
+    known frames.
+    """
 
     chunk: int = 1
     window: int | None = None

@@ -3,8 +3,9 @@
     modulated_norm:  y = norm(x) * (1 + scale[row]) + shift[row]
     gated_residual:  x' = x + gate[row] * y, and optionally modulated_norm(x') in the same pass
 
-Each token finds its row of the modulation table through an int32 index, so that a condition that is shared by a frame or a clip is stored once. Fused, the
-first reads x and writes y: 2 * tokens * channels elements, about 8 FLOPs each; the second with its norm reads two and writes two. Both are bound by memory.
+Each token finds its row of the modulation table through an int32 index, so that a condition that is shared by a frame or a clip is stored
+once. Fused, the first reads x and writes y: 2 * tokens * channels elements, about 8 FLOPs each; the second with its norm reads two and
+writes two. Both are bound by memory.
 """
 
 from typing import NamedTuple
@@ -40,8 +41,9 @@ def modulated_norm(
 ) -> torch.Tensor:
     """y = norm(x) * (1 + scale[rows]) + shift[rows], in x's dtype, computed in float32 or better.
 
-    x: (tokens, channels). shift, scale: (rows, channels) or None. rows: int32 or int64 (tokens,), the table row of each token; needed with shift or scale.
-    kind: "layer" (LayerNorm) or "rms" (Zhang & Sennrich 2019). weight, bias: (channels,) of the norm itself. Raises ValueError or TypeError on a mismatch.
+    x: (tokens, channels). shift, scale: (rows, channels) or None. rows: int32 or int64 (tokens,), the table row of each token; needed with
+    shift or scale. kind: "layer" (LayerNorm) or "rms" (Zhang & Sennrich 2019). weight, bias: (channels,) of the norm itself. Raises
+    ValueError or TypeError on a mismatch.
     """
     _check_tokens(x)
     _check_table(x, rows, shift=shift, scale=scale)
@@ -61,8 +63,8 @@ def gated_residual(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """x' = x + gate[rows] * y, in x's dtype; with `norm`, (x', the modulated norm of x') in one pass.
 
-    x, y: (tokens, channels). gate: (rows, channels) or None for a plain residual. rows: int32 or int64 (tokens,), shared by gate, shift and scale.
-    Raises ValueError or TypeError on a mismatch.
+    x, y: (tokens, channels). gate: (rows, channels) or None for a plain residual. rows: int32 or int64 (tokens,), shared by gate, shift and
+    scale. Raises ValueError or TypeError on a mismatch.
     """
     _check_tokens(x)
     if y.shape != x.shape:
@@ -118,7 +120,8 @@ def _modulated_norm_torch(x: torch.Tensor, norm: Modulation, rows: torch.Tensor 
         y = F.layer_norm(x, size, _cast(norm.weight, x), _cast(norm.bias, x), norm.eps)
     else:
         # In float32: the library composes its RMS norm of several passes, slow in half precision.
-        y = F.rms_norm(x.float() if x.dtype != torch.float64 else x, size, norm.weight, norm.eps).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = F.rms_norm(wide, size, _cast(norm.weight, wide), norm.eps).to(x.dtype)
     if norm.scale is not None:
         y = y * (1 + norm.scale.index_select(0, rows))
     if norm.shift is not None:

@@ -2,8 +2,9 @@
 
     patch_embed:  token[t, h, w] = weight @ flatten(x[:, t*pt:(t+1)*pt, h*ph:(h+1)*ph, w*pw:(w+1)*pw]) + bias
 
-Clips of any sizes go into one pack. A side that the patch does not divide is filled up with zeros at its end, and cut off again by `unpatchify`.
-FLOPs: 2 * tokens * patch elements * dim. Bytes: the clips, the weight and the tokens once each; the patches themselves need never be written.
+Clips of any sizes go into one pack. A side that the patch does not divide is filled up with zeros at its end, and cut off again by
+`unpatchify`. FLOPs: 2 * tokens * patch elements * dim. Bytes: the clips, the weight and the tokens once each; the patches themselves need
+never be written.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,10 @@ def grid_of(clip: Tensor, patch: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def patchify(clips: Sequence[Tensor], patch: tuple[int, int, int] = (1, 2, 2)) -> Tensor:
-    """Clips (channels, T, H, W), each of its own size, to (tokens, channels * pt * ph * pw), channels slowest. Raises ValueError on a mismatch."""
+    """Clips (channels, T, H, W), each of its own size, to (tokens, channels * pt * ph * pw), channels slowest.
+
+    Raises ValueError on a mismatch.
+    """
     _check_clips(clips, patch)
     return torch.cat([_patches(clip, patch) for clip in clips])
 
@@ -53,7 +57,7 @@ def unpatchify(
         x = tokens[span.video_start : span.video_stop].view(*span.grid, channels, *patch)
         x = x.permute(3, 0, 4, 1, 5, 2, 6).reshape(channels, *(n * p for n, p in zip(span.grid, patch, strict=True)))
         if sizes is not None:
-            if grid_of(x[:, : sizes[i][0], : sizes[i][1], : sizes[i][2]], patch) != span.grid:
+            if len(sizes[i]) != 3 or tuple(-(-side // p) for side, p in zip(sizes[i], patch, strict=True)) != span.grid:
                 raise ValueError(f"sizes[{i}]: expected a size whose grid is {span.grid}, got {tuple(sizes[i])}")
             x = x[:, : sizes[i][0], : sizes[i][1], : sizes[i][2]]
         clips.append(x)
@@ -70,7 +74,8 @@ def patch_embed(
 ) -> Tensor:
     """Clips (channels, T, H, W), each of its own size, to tokens (tokens, dim).
 
-    weight: (dim, channels * pt * ph * pw), channels slowest, as a flattened Conv3d weight. bias: (dim,) or None. Raises ValueError on a mismatch.
+    weight: (dim, channels * pt * ph * pw), channels slowest, as a flattened Conv3d weight. bias: (dim,) or None. Raises ValueError on a
+    mismatch.
     """
     _check_clips(clips, patch)
     width = clips[0].shape[0] * patch[0] * patch[1] * patch[2]

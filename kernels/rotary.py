@@ -2,9 +2,9 @@
 
     q' = R(position) norm(q) * weight, and k likewise
 
-R turns pairs of channels by angles position * frequency (RoFormer, Su et al. 2021); the channels are split between the axes (t, h, w). Pairs are neighbouring channels
-(`interleaved`) or the two halves of the rotated channels. Channels past the table are normalised and not turned. Fused, q and k are read and written once:
-4 * tokens * heads * head_dim elements, about 10 FLOPs each; memory binds.
+R turns pairs of channels by angles position * frequency (RoFormer, Su et al. 2021); the channels are split between the axes (t, h, w).
+Pairs are neighbouring channels (`interleaved`) or the two halves of the rotated channels. Channels past the table are normalised and not
+turned. Fused, q and k are read and written once: 4 * tokens * heads * head_dim elements, about 10 FLOPs each; memory binds.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,10 @@ from .dispatch import select
 def rotary_table(
     positions: torch.Tensor, dims: Sequence[int], *, theta: float | Sequence[float] = 10000.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, float32 (tokens, sum(dims) / 2), of positions (tokens, axes); axis i turns dims[i] channels, pair j by position * theta ** (-2 j / dims[i]).
+    """cos and sin, float32 (tokens, sum(dims) / 2), of positions (tokens, axes).
 
-    theta: one base, or one for each axis. Raises ValueError if the axes do not match or a dim is odd.
+    Axis i turns dims[i] channels, pair j by position * theta ** (-2 j / dims[i]). theta: one base, or one for each axis. Raises ValueError
+    if the axes do not match or a dim is odd.
     """
     thetas = list(theta) if isinstance(theta, Sequence) else [theta] * len(dims)
     if positions.dim() != 2 or positions.shape[1] != len(dims) or len(thetas) != len(dims):
@@ -53,8 +54,9 @@ def qk_norm_rope(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalise q and k over head_dim (or, across_heads, over heads and head_dim), then turn them by cos and sin.
 
-    q, k: (tokens, heads, head_dim), k's heads may be fewer. q_weight, k_weight: (head_dim,) or, across_heads, (heads * head_dim,). cos, sin: (tokens, pairs) float32, 2 * pairs <=
-    head_dim, or None for no rotation. norm: "rms", "layer" or None. Returns new contiguous tensors in the dtypes of q and k. Raises ValueError on a mismatch.
+    q, k: (tokens, heads, head_dim), k's heads may be fewer. q_weight, k_weight: (head_dim,) or, across_heads, (heads * head_dim,). cos,
+    sin: (tokens, pairs) float32, 2 * pairs <= head_dim, or None for no rotation. norm: "rms", "layer" or None. Returns contiguous tensors
+    in the dtypes of q and k. Raises ValueError on a mismatch.
     """
     if norm not in ("rms", "layer", None):
         raise ValueError(f"norm: expected 'rms', 'layer' or None, got {norm!r}")
@@ -71,6 +73,8 @@ def qk_norm_rope(
     for name, table in (("cos", cos), ("sin", sin)):
         if table is not None and (table.dim() != 2 or table.shape[0] != q.shape[0] or 2 * table.shape[1] > q.shape[2]):
             raise ValueError(f"{name}: expected ({q.shape[0]}, at most {q.shape[2] // 2}), got {tuple(table.shape)}")
+    if cos is not None and cos.shape != sin.shape:
+        raise ValueError(f"sin: expected the shape of cos, {tuple(cos.shape)}, got {tuple(sin.shape)}")
     run = select(
         "qk_norm_rope",
         implementation,
@@ -90,7 +94,7 @@ def _norm_rope_torch(x, weight, cos, sin, norm, across_heads, interleaved, eps):
         y = F.layer_norm(y, y.shape[-1:], None if weight is None else weight.to(x.dtype), None, eps)
     y = y.reshape(x.shape)
     if cos is None:
-        return y.contiguous()
+        return y.to(x.dtype).contiguous()
     pairs = cos.shape[1]
     cos, sin = cos[:, None], sin[:, None]
     turned, rest = y[..., : 2 * pairs], y[..., 2 * pairs :]
@@ -117,4 +121,4 @@ def norm_rope_reference(x, weight, cos, sin, norm, across_heads, interleaved, ep
         turned = torch.complex(y[..., first], y[..., second]) * torch.complex(cos.double(), sin.double())[:, None]
         y = y.clone()
         y[..., first], y[..., second] = turned.real, turned.imag
-    return y.to(x.dtype)
+    return y.to(x.dtype).contiguous()

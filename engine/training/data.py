@@ -18,7 +18,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
@@ -379,7 +378,8 @@ def coverage(shape: str, centres: np.ndarray, radii: np.ndarray, height: int, wi
     if shape == "square":
         return _soft(x - 0.85 * r) * _soft(np.abs(y) - 0.85 * r)
     if shape == "triangle":  # tip (0, -r), base corners (+-.95 r, .8 r)
-        return _soft(np.maximum((1.8 * x - 0.95 * (y + r)) / math.hypot(1.8, 0.95), y - 0.8 * r))
+        sides = (1.8 * x - 0.95 * (y + r)) / math.hypot(1.8, 0.95)
+        return _soft(np.maximum(sides, np.maximum(y - 0.8 * r, -y - r)))  # the last term cuts the soft edge off at the tip
     across, along = _soft(x - r) * _soft(np.abs(y) - 0.36 * r), _soft(x - 0.36 * r) * _soft(np.abs(y) - r)
     return np.maximum(across, along)
 
@@ -419,12 +419,13 @@ class PanWorld:
         _check_size(index, frames, height, width)
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), 2, index])
         direction, ground = _choose(rng, ("left", "right")), _choose(rng, ("black", "gray"))
-        reach = min(rng.uniform(1, 2), (frames - 1) / 7.5) * width
+        reach = min(rng.uniform(1, 2), (frames - 1) // 2 * 2 / 7) * width
         pitch = width / rng.uniform(2.5, 3.5)
         count = math.ceil((reach + width) / pitch)
         left = (np.arange(count) + rng.uniform(0.05, 0.3, count)) * pitch
         spans = np.stack([left, left + rng.uniform(0.5, 0.65, count) * pitch], axis=1)
-        away = reach * (1 - np.abs(np.linspace(-1, 1, frames))) if frames > 1 else np.zeros(1)
+        away = np.minimum(np.arange(frames), np.arange(frames)[::-1])
+        away = reach * away / max(away.max(), 1)  # an even number of frames has two at the far end
         offsets = away if direction == "right" else reach - away
         views = np.stack([offsets, offsets + width], axis=1)
         track = PanTrack(rng.integers(len(COLOURS), size=count), spans, rng.uniform(0, 0.4, count) * height, views)
@@ -477,7 +478,7 @@ class VideoFolder:
 
         A video shorter than `frames` is played forwards and backwards until it is long enough.
         """
-        from ..video import Clip
+        from ..video import Clip, fit
 
         _check_size(index, frames, height, width)
         path, caption, long_caption = self.entries[index % len(self.entries)]
@@ -486,7 +487,7 @@ class VideoFolder:
         start = int(rng.integers(max(len(video) - frames, 0) + 1))
         last = len(video) - 1
         times = [last - abs(last - t % (2 * last)) if last else 0 for t in range(start, start + frames)]
-        return Sample(_fit(video[times], height, width), caption, long_caption)
+        return Sample(fit(video[times], height, width), caption, long_caption)
 
     def _read_table(self, table: Path) -> list[tuple[Path, str, str]]:
         entries = []
@@ -520,16 +521,6 @@ class VideoFolder:
             caption = text.read_text(encoding="utf-8").strip()
             entries.append((path, caption, caption))
         return entries
-
-
-def _fit(video: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Scales uint8 (T, H, W, 3) so that it covers (height, width), and crops the middle."""
-    scale = max(height / video.shape[1], width / video.shape[2])
-    size = (max(round(video.shape[1] * scale), height), max(round(video.shape[2] * scale), width))
-    scaled = F.interpolate(video.permute(0, 3, 1, 2).float(), size, mode="bilinear", antialias=True, align_corners=False)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    crop = scaled[:, :, top : top + height, left : left + width]
-    return crop.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------------- mixtures and sizes

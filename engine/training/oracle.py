@@ -156,7 +156,7 @@ def _direction(track: np.ndarray, unit: int) -> str | None:
         return "still"
     axis = int(np.abs(travel).argmax())
     strays = places - np.outer(time, travel / (shown[-1] - shown[0]))
-    if (strays**2).sum() > 0.1 * (places**2).sum() or abs(travel[1 - axis]) > 0.4 * abs(travel[axis]):
+    if (strays**2).sum() > 0.15 * (places**2).sum() or abs(travel[1 - axis]) > 0.4 * abs(travel[axis]):
         return None
     way = np.zeros(2)
     way[axis] = np.sign(travel[axis])

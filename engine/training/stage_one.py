@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..vae import VideoVAE, rate
+from ..video import to_float
 from .data import SizeSampler, World
 
 
@@ -21,7 +22,7 @@ class StageOneConfig:
 
     frame_tokens: int = 1536
     longest_clip: int = 16
-    kl_weight: float = 0.3
+    kl_weight: float = 1.0
     kl_warmup: int = 400
     decoded_share: float = 0.5
     seed: int = 0
@@ -32,14 +33,14 @@ class StageOne:
 
     def __init__(self, vae: VideoVAE, world: World, config: StageOneConfig):
         self.vae, self.world, self.config = vae, world, config
-        self.sizes = SizeSampler(config.frame_tokens // 4, seed=config.seed, longest_clip=config.longest_clip, images=0.1)
+        self.sizes = SizeSampler(config.frame_tokens // 2, seed=config.seed, longest_clip=config.longest_clip, images=0.1)
 
     def batch(self, step: int) -> Tensor:
         """Clips of one size, (batch, 3, T, H, W) in [-1, 1]."""
         frames, height, width = self.sizes.draw(step)
         count = max(1, self.config.frame_tokens * 256 // (frames * height * width))
         clips = [self.world.draw(step * 4096 + i, frames, height, width).frames for i in range(count)]
-        return torch.stack([clip.permute(3, 0, 1, 2) for clip in clips]).to(self.vae.device).float() / 127.5 - 1
+        return torch.stack([to_float(clip) for clip in clips]).to(self.vae.device)
 
     def loss(self, step: int) -> dict[str, Tensor]:
         video = self.batch(step)
@@ -48,7 +49,7 @@ class StageOne:
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
         space = mean + (0.5 * logvar).exp() * noise
         time = self.vae.time(space)
-        nats = rate(mean, logvar, *self.vae.prior_of(time)).mean(dim=(0, 2)).sum() / (3 * self.vae.stride**2)
+        nats = rate(mean, logvar, *self.vae.prior_of(time)).sum() / video.numel()
 
         frames = video.shape[2]
         kept = torch.randperm(frames, generator=generator)[: max(1, round(frames * self.config.decoded_share))].sort().values

@@ -1,6 +1,7 @@
 """Spacetime attention over packs: out = softmax(scale * q k^T + mask) v, the mask a rule on coordinates.
 
-FLOPs: 4 * d * heads * visible (query, key) pairs. Bytes: q, k, v read once and out written once; nothing else is needed, since no mask matrix exists.
+FLOPs: 4 * d * heads * visible (query, key) pairs. Bytes: q, k, v read once and out written once; nothing else is needed, since no mask
+matrix exists.
 """
 
 import math
@@ -31,12 +32,13 @@ def attention(
 ) -> torch.Tensor:
     """Attention of each clip of a pack to itself or to the same clip of another pack.
 
-    q: (tokens, heads, head_dim); k, v: (kv tokens, kv heads, head_dim), kv heads dividing heads; any strides but a unit last one, so views of a fused
-    QKV tensor serve. layout: where the queries lie. mask: `Full()`, `Spatial()`, `Temporal(...)` or `FrameCausal(...)`. kv_layout: where keys and values lie if
-    not in `layout` (text for cross-attention; a longer clip for a cache), clip i attending to clip i. scale: 1 / sqrt(head_dim) by default.
+    q: (tokens, heads, head_dim); k, v: (kv tokens, kv heads, head_dim), kv heads dividing heads; any strides but a unit last one, so views
+    of a fused QKV tensor serve. layout: where the queries lie. mask: `Full()`, `Spatial()`, `Temporal(...)` or `FrameCausal(...)`.
+    kv_layout: where keys and values lie if not in `layout` (text for cross-attention; a longer clip for a cache), clip i attending to clip
+    i. scale: 1 / sqrt(head_dim) by default.
 
-    Returns (tokens, heads, head_dim) in q's dtype; a query with no visible key, and every token past the end of the pack, gets zeros. Raises ValueError or
-    TypeError for a wrong shape, dtype, device or stride, or for an implementation that cannot run here.
+    Returns (tokens, heads, head_dim) in q's dtype; a query with no visible key, and every token past the end of the pack, gets zeros.
+    Raises ValueError or TypeError for a wrong shape, dtype, device or stride, or for an implementation that cannot run here.
     """
     kv_layout = layout if kv_layout is None else kv_layout
     _check(q, k, v, layout, mask, kv_layout)
@@ -56,6 +58,9 @@ def attention(
 def _check(q, k, v, layout, mask, kv_layout) -> None:
     if not isinstance(mask, Mask):
         raise TypeError(f"mask: expected Full, Spatial, Temporal or FrameCausal, got {type(mask).__name__}")
+    for name, where in (("layout", layout), ("kv_layout", kv_layout)):
+        if not isinstance(where, VideoLayout):
+            raise TypeError(f"{name}: expected a VideoLayout, got {type(where).__name__}")
     for name, x, where in (("q", q, layout), ("k", k, kv_layout), ("v", v, kv_layout)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")

@@ -1,9 +1,9 @@
 """Attention in plain torch, fast on a CPU: equal blocks of the mask are gathered into one batch and given to SDPA.
 
-Every mask of ours decomposes exactly into blocks of queries that see the same keys: the frames of a clip for `Spatial`, its sites for `Temporal`,
-its chunks for `FrameCausal`, the clip for `Full`. Blocks of equal shape, of one clip or of many, make one call of
-`scaled_dot_product_attention`. No dense mask is built: only `Temporal` needs one, of T x T entries shared by all sites. The blocks depend on the layouts
-and the mask alone and are kept in the layout's cache.
+Every mask of ours decomposes exactly into blocks of queries that see the same keys: the frames of a clip for `Spatial`, its sites for
+`Temporal`, its chunks for `FrameCausal`, the clip for `Full`. Blocks of equal shape, of one clip or of many, make one call of
+`scaled_dot_product_attention`. No dense mask is built: only `Temporal` needs one, of T x T entries shared by all sites. The blocks depend
+on the layouts and the mask alone and are kept in the layout's cache.
 """
 
 from collections import defaultdict
@@ -15,10 +15,14 @@ import torch.nn.functional as F
 from ..layout import ClipSpan, VideoLayout
 from ..masks import Mask
 
+TEXT_MULTIPLE = 16
+
 
 @dataclass(frozen=True)
 class Batch:
-    """`n` blocks of equal shape: token indices of queries (n, m) and of keys (n, l); `bias` (m, l) bool if not all is visible."""
+    """`n` blocks of equal shape: token indices of queries (n, m) and of keys (n, l); where not all keys are seen, `visible`, bool and
+    broadcastable to (n, heads, m, l).
+    """
 
     queries: torch.Tensor
     keys: torch.Tensor
@@ -64,7 +68,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Te
 
 
 def _take(x: torch.Tensor, index: torch.Tensor, view: tuple[int, ...] | None) -> torch.Tensor:
-    """x[index] as (n, m, heads, d); a view with strides (start, clips, frames, sites, by_site) where the index is regular saves the gather's backward."""
+    """x[index] as (n, m, heads, d); where the index is regular, `view` (of `_regular`) saves the gather's backward."""
     if view is None:
         return x[index]
     start, clips, frames, sites, by_site = view
@@ -90,13 +94,22 @@ def _plan(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> list[Batch
     buckets = defaultdict(list)
     for query, key in zip(layout.clips, kv_layout.clips, strict=True):
         for queries, keys, visible in _blocks(query, key, mask):
-            if queries.numel() and keys.numel():
-                signature = None if visible is None else visible.numpy().tobytes()
-                buckets[queries.shape[1], keys.shape[1], signature].append((queries, keys, visible))
+            if not queries.numel() or not keys.numel():
+                continue
+            if not key.frames:
+                # Texts differ in length by a few tokens: filled up to a common length (with the clip's own first key, hidden) they make one
+                # batch. The length depends on the text alone, so a clip's result does not depend on what it is packed with.
+                length = -(-keys.shape[1] // TEXT_MULTIPLE) * TEXT_MULTIPLE
+                visible = torch.arange(length)[None, None, None] < keys.shape[1]
+                keys = torch.cat((keys, keys[:, :1].expand(-1, length - keys.shape[1])), dim=1)
+            shared = None if visible is None or visible.dim() == 4 else visible.numpy().tobytes()
+            buckets[queries.shape[1], keys.shape[1], shared].append((queries, keys, visible))
     batches = []
     for blocks in buckets.values():
         queries, keys = torch.cat([block[0] for block in blocks]), torch.cat([block[1] for block in blocks])
         visible = blocks[0][2]
+        if visible is not None and visible.dim() == 4:
+            visible = torch.cat([block[2] for block in blocks])
         views = (_regular(queries), _regular(keys))
         device = layout.device
         batches.append(Batch(queries.to(device), keys.to(device), None if visible is None else visible.to(device), *views))
@@ -107,8 +120,8 @@ def _blocks(query: ClipSpan, key: ClipSpan, mask: Mask):
     """The blocks of one clip: (queries (n, m), keys (n, l), visible (m, l) or None)."""
     text_q = torch.arange(query.text_start, query.text_stop)
     text_k = torch.arange(key.text_start, key.text_stop)
-    video_q = torch.arange(query.video_start, query.video_stop).view(query.frames, -1)
-    video_k = torch.arange(key.video_start, key.video_stop).view(key.frames, -1)
+    video_q = torch.arange(query.video_start, query.video_stop).view(query.frames, query.frame_tokens)
+    video_k = torch.arange(key.video_start, key.video_stop).view(key.frames, key.frame_tokens)
     all_k = torch.cat((video_k.flatten(), text_k)).sort().values
     t = torch.arange(query.frames)[:, None] + query.first_frame
     u = torch.arange(key.frames)[None, :] + key.first_frame
@@ -134,7 +147,7 @@ def _blocks(query: ClipSpan, key: ClipSpan, mask: Mask):
 
 
 def _regular(index: torch.Tensor) -> tuple[int, ...] | None:
-    """(start, clips, frames, sites, by_site) if the blocks tile one stretch of the token axis, as whole runs or as the sites of equal clips."""
+    """(start, clips, frames, sites, by_site) if the blocks tile one stretch of tokens, as whole runs or as the sites of equal clips."""
     n, m = index.shape
     start = int(index.min())
     if torch.equal(index, torch.arange(start, start + n * m).view(n, m)):

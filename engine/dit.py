@@ -1,0 +1,248 @@
+"""The video transformer: a diffusion transformer (DiT, Peebles & Xie 2023) over packs of spacetime latent patches.
+
+A model is a list of blocks. "factorised": attention within each frame -> causal attention along time at each site -> cross-attention to the text -> MLP (Latte,
+Ma et al. 2024). "full" and "frame_causal": attention over the whole clip, or over earlier and equal frames, in place of the first two. The
+timestep modulates each part (one shared projection with a learned offset per block, PixArt, Chen et al. 2023), one row per frame: known frames are at
+timestep 0, are marked by a channel of their own, and are seen as keys by every frame.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tubelet.kernels import (
+    FrameCausal,
+    Full,
+    Mask,
+    Modulation,
+    Spatial,
+    Temporal,
+    VideoLayout,
+    attention,
+    gated_residual,
+    modulated_norm,
+    qk_norm_rope,
+    rotary_table,
+)
+
+from .pretrained import PretrainedModule
+
+BLOCKS = ("factorised", "full", "frame_causal")
+POSITIONS = ("factorised", "rotary", "both")
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of the transformer. channels: of the latents it reads and predicts. positions: learned tables per axis added to the tokens ("factorised"), rotary channels in the
+    attention ("rotary"), or both. causal: whether factorised blocks attend along time causally."""
+
+    channels: int = 32
+    patch: tuple[int, int, int] = (1, 2, 2)
+    width: int = 192
+    heads: int = 4
+    blocks: tuple[str, ...] = ("factorised",) * 6
+    mlp_ratio: float = 4.0
+    text_width: int = 128
+    positions: str = "both"
+    causal: bool = True
+    table_size: int = 64
+
+    def __post_init__(self):
+        if not self.blocks or any(block not in BLOCKS for block in self.blocks):
+            raise ValueError(f"blocks: expected one or more of {', '.join(BLOCKS)}, got {self.blocks}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {self.positions!r}")
+        if self.width % self.heads or (self.width // self.heads) % 8:
+            raise ValueError(f"width: expected a multiple of 8 for each of {self.heads} heads, got {self.width}")
+
+    @property
+    def token_width(self) -> int:
+        """Numbers in a token: the channels of a patch."""
+        return self.channels * math.prod(self.patch)
+
+
+class VideoDiT(PretrainedModule):
+    """Predicts the velocity noise - latents of every token of a pack."""
+
+    config_class = DiTConfig
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        width = config.width
+        # Latents are normalised per channel before they are patched; stage two measures these.
+        self.register_buffer("latent_mean", torch.zeros(config.channels))
+        self.register_buffer("latent_std", torch.ones(config.channels))
+        self.embed = nn.Linear(config.token_width, width)
+        self.known = nn.Parameter(torch.zeros(width))
+        if config.positions != "rotary":
+            self.tables = nn.ParameterList([nn.Parameter(0.02 * torch.randn(config.table_size, width)) for _ in range(3)])
+        self.condition = Condition(width)
+        parts = {kind: 3 if kind == "factorised" else 2 for kind in BLOCKS}
+        self.modulation = nn.Linear(width, 9 * width)
+        self.blocks = nn.ModuleList(Block(config, kind, parts[kind]) for kind in config.blocks)
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, config.token_width)
+        for layer in (self.modulation, self.final_modulation, self.out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Latents (channels, T, h, w) to zero mean and unit variance per channel."""
+        return (latents - self.latent_mean[:, None, None, None]) / self.latent_std[:, None, None, None]
+
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalise`."""
+        return latents * self.latent_std[:, None, None, None] + self.latent_mean[:, None, None, None]
+
+    def forward(self, tokens: Tensor, times: Tensor, text: Tensor, layout: VideoLayout, text_layout: VideoLayout) -> Tensor:
+        """The velocity of each token, (tokens, token_width).
+
+        tokens: (tokens, token_width), noisy, or clean where known. times: (frames of the pack,), the noise level of each frame in [0, 1], 0 for known ones. text: (text
+        tokens, text_width). layout: where the clips lie and which frames are known. text_layout: the text of each clip, `VideoLayout.segments`.
+        """
+        where = layout.coordinates
+        x = self.embed(tokens) + where.known[:, None] * self.known
+        if self.config.positions != "rotary":
+            x = x + self._positions(layout)
+        rows = layout.rows("frame")
+        condition = self.condition(times, layout)
+        modulation = self.modulation(condition)
+        rotary = self._rotary(layout) if self.config.positions != "factorised" else {}
+        for block in self.blocks:
+            x = block(x, modulation, rows, text, layout, text_layout, rotary)
+        shift, scale = self.final_modulation(condition).chunk(2, dim=-1)
+        return self.out(modulated_norm(x, shift, scale, rows))
+
+    def _positions(self, layout: VideoLayout) -> Tensor:
+        size = self.config.table_size
+        for clip in layout.clips:
+            if max(clip.grid[1:]) > size:
+                raise ValueError(f"layout: expected sides of at most {size} tokens, got a clip of {clip.grid}")
+        places = layout.positions.long()
+        # Frames past the table share its last entry: the rotary channels tell them apart.
+        return sum(table[places[:, axis].clamp(0, size - 1)] for axis, table in enumerate(self.tables))
+
+    def _rotary(self, layout: VideoLayout) -> dict[type[Mask], tuple[Tensor, Tensor]]:
+        """The rotary tables of each kind of attention. Along time only half of the channels turn: the others carry content over any distance."""
+        key = ("rotary", self.config)
+        if key not in layout.cache:
+            head_dim = self.config.width // self.config.heads
+            space, time = head_dim // 4 * 2, head_dim // 4 * 2
+            places = layout.positions
+            whole = rotary_table(places, (head_dim // 4, space // 2, space // 2), theta=100.0)
+            layout.cache[key] = {
+                Spatial: rotary_table(places[:, 1:], (space, head_dim - space), theta=100.0),
+                Temporal: rotary_table(places[:, :1], (time,), theta=100.0),
+                Full: whole,
+                FrameCausal: whole,
+            }
+        return layout.cache[key]
+
+
+class Condition(nn.Module):
+    """What modulates a frame: its noise level, and the size of the canvas in tokens."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
+        self.size = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, times: Tensor, layout: VideoLayout) -> Tensor:
+        """(frames, width), after the activation that precedes the modulation's projection."""
+        sides = torch.tensor([clip.grid[1:] for clip in layout.clips], dtype=torch.float32, device=times.device)
+        size = self.size(waves(sides, 64).flatten(1).to(self.time[0].weight.dtype))
+        frames = torch.tensor([clip.frames for clip in layout.clips], device=times.device)
+        size = size.repeat_interleave(frames, dim=0, output_size=layout.num_frames)
+        return F.silu(self.time(waves(1000 * times, 128).to(size.dtype)) + size)
+
+
+def waves(values: Tensor, channels: int) -> Tensor:
+    """Sines and cosines of values (...), float32 (..., channels), wavelengths from 2 pi to 20000 pi."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(channels // 2, device=values.device) / (channels // 2))
+    angles = values.float()[..., None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+class Block(nn.Module):
+    """Self-attention part(s), text cross-attention, MLP; each part norm -> modulate -> compute -> gate -> add."""
+
+    def __init__(self, config: DiTConfig, kind: str, parts: int):
+        super().__init__()
+        width = config.width
+        if kind == "factorised":
+            masks = (Spatial(), Temporal(causal=config.causal))
+        else:
+            masks = (Full(),) if kind == "full" else (FrameCausal(),)
+        self.offsets = nn.Parameter(torch.zeros(3 * parts, width))
+        self.attentions = nn.ModuleList(SelfAttention(width, config.heads, mask) for mask in masks)
+        self.cross = CrossAttention(width, config.heads, config.text_width)
+        hidden = int(width * config.mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rows: Tensor,
+        text: Tensor,
+        layout: VideoLayout,
+        text_layout: VideoLayout,
+        rotary: dict[type[Mask], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        parts = modulation.unflatten(-1, (-1, x.shape[-1]))[:, : len(self.offsets)] + self.offsets
+        shifts, scales, gates = (parts[:, i::3].unbind(1) for i in range(3))
+        h = modulated_norm(x, shifts[0], scales[0], rows)
+        for i, part in enumerate(self.attentions):
+            y = part(h, layout, rotary)
+            if i + 1 < len(self.attentions):
+                x, h = gated_residual(x, y, gates[i], rows, norm=Modulation(shifts[i + 1], scales[i + 1]))
+        x, h = gated_residual(x, y, gates[len(self.attentions) - 1], rows, norm=Modulation(None, None))
+        y = self.cross(h, text, layout, text_layout)
+        x, h = gated_residual(x, y, norm=Modulation(shifts[-1], scales[-1]), rows=rows)
+        return gated_residual(x, self.mlp(h), gates[-1], rows)
+
+
+class SelfAttention(nn.Module):
+    """Attention under one mask, with RMS-normalised queries and keys and rotary positions."""
+
+    def __init__(self, width: int, heads: int, mask: Mask):
+        super().__init__()
+        self.heads, self.mask = heads, mask
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_weight, self.k_weight = (nn.Parameter(torch.ones(width // heads)) for _ in range(2))
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, layout: VideoLayout, rotary: dict[type[Mask], tuple[Tensor, Tensor]]) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        cos, sin = rotary.get(type(self.mask), (None, None))
+        q, k = qk_norm_rope(q, k, self.q_weight, self.k_weight, cos, sin)
+        return self.out(attention(q, k, v, layout, self.mask).flatten(1))
+
+
+class CrossAttention(nn.Module):
+    """Attention of each clip to its text."""
+
+    def __init__(self, width: int, heads: int, text_width: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(text_width, 2 * width)
+        self.q_weight, self.k_weight = (nn.Parameter(torch.ones(width // heads)) for _ in range(2))
+        self.out = nn.Linear(width, width)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, text: Tensor, layout: VideoLayout, text_layout: VideoLayout) -> Tensor:
+        q = self.q(x).unflatten(-1, (self.heads, -1))
+        k, v = self.kv(text).unflatten(-1, (2, self.heads, -1)).unbind(1)
+        q, k = _head_norm(q, self.q_weight), _head_norm(k, self.k_weight)
+        return self.out(attention(q, k, v, layout, Full(), kv_layout=text_layout).flatten(1))
+
+
+def _head_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """RMS norm of each head of (tokens, heads, head_dim)."""
+    return modulated_norm(x.flatten(0, 1), kind="rms", weight=weight).view_as(x)

@@ -1,0 +1,206 @@
+"""The engine: prompts and known frames in, clips out.
+
+    engine = Engine.from_pretrained()
+    clip = engine.sample("a red circle bounces on a blue background", frames=16, height=64, width=64)
+    clip.save("out.mp4")
+
+What is the same to the bit, and what to rounding: noise, text and decoding of a request do not depend on its pack, and neither do this project's own ops. The matrix
+products of the transformer are the library's, which may choose another algorithm for another number of tokens; videos of a request alone and in a pack then differ by rounding (PSNR of 50 dB and more).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tubelet.kernels import guided_step, unpatchify
+
+from .conditioning import KnownFrames, loop as loop_frames, resolve
+from .dit import VideoDiT
+from .flow import SOLVERS, Step, plan
+from .packing import Pack, Request
+from .pretrained import fetch, read_config, write_json
+from .text import TextEncoder
+from .vae import VideoVAE
+from .video import Clip, to_float
+
+BUNDLED = Path(__file__).parent / "assets" / "model"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a model is best sampled; the defaults of `Engine.sample`. time_latents: "sampled" ones are decoded as they are, "recomputed" ones from the space latents."""
+
+    name: str = "tubelet"
+    fps: float = 8.0
+    steps: int = 24
+    solver: str = "dpm++2m"
+    shift: float = 3.0
+    guidance: float = 4.0
+    time_latents: str = "sampled"
+    trained_frames: int = 16
+    trained_sides: tuple[int, int] = (32, 96)
+
+    def __post_init__(self):
+        if self.time_latents not in ("sampled", "recomputed"):
+            raise ValueError(f"time_latents: expected 'sampled' or 'recomputed', got {self.time_latents!r}")
+
+
+class Engine:
+    """A text encoder, a video transformer and a VAE, sampling together."""
+
+    def __init__(self, text: TextEncoder, dit: VideoDiT, vae: VideoVAE, config: EngineConfig | None = None):
+        if dit.config.text_width != text.dim:
+            raise ValueError(f"text: expected an encoder of {dit.config.text_width} channels as the transformer has, got {text.dim}")
+        if dit.config.channels not in (vae.config.latent_channels, 2 * vae.config.latent_channels):
+            raise ValueError(f"vae: expected one whose latents make {dit.config.channels} channels, got {vae.config.latent_channels} of each kind")
+        self.text, self.dit, self.vae = text.eval(), dit.eval(), vae.eval()
+        self.config = config or EngineConfig()
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path | None = None, *, device: str | torch.device | None = None) -> "Engine":
+        """The bundled model, a folder, or a hub id. Default device: CUDA if there is a GPU, else the CPU.
+
+        A model is a folder with engine.json and the folders text, dit and vae. Raises FileNotFoundError for what is missing, ValueError for what does not fit or is corrupt.
+        """
+        folder = BUNDLED if name is None else fetch(name, "model", ["*.json", "*.txt", "*.safetensors", "*/*.json", "*/*.txt", "*/*.safetensors"])
+        config = read_config(folder / "engine.json", EngineConfig)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        text = TextEncoder.from_pretrained(folder / "text", dtype=torch.float32, device=device)
+        dit, vae = (part.from_pretrained(folder / where).to(device) for part, where in ((VideoDiT, "dit"), (VideoVAE, "vae")))
+        return cls(text, dit, vae, config)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the model as a folder that `from_pretrained` reads; weights of the transformer and the VAE as `dtype` if given."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.text.save_pretrained(folder / "text")
+        self.dit.save_pretrained(folder / "dit", dtype)
+        self.vae.save_pretrained(folder / "vae", dtype)
+        write_json(folder / "engine.json", asdict(self.config))
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompt: str | Request | Sequence[Request],
+        *,
+        frames: int = 16,
+        height: int = 64,
+        width: int = 64,
+        seed: int = 0,
+        guidance: float | None = None,
+        negative_prompt: str = "",
+        known: Mapping[int, Any] | Any | None = None,
+        extend: str = "forward",
+        loop: bool = False,
+        steps: int | None = None,
+        solver: str | None = None,
+        shift: float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Clip | list[Clip]:
+        """Sample a prompt, or a list of requests of any sizes and lengths in one pack.
+
+        The arguments up to `extend` describe the video of a prompt, as in `Request`. loop: the last frame leads on to the first. steps, solver ("euler", "heun", "dpm++2m") and shift (of the noise
+        schedule) default to what the model was tuned for. progress(done, of) is called after every evaluation of the model.
+
+        Returns a Clip, or a list of them for a list. Known frames come out as they went in. Raises ValueError or TypeError for a bad request.
+        """
+        steps, solver, shift = steps or self.config.steps, solver or self.config.solver, shift or self.config.shift
+        if solver not in SOLVERS:
+            raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
+        schedule = plan(solver, steps, shift)
+        if isinstance(prompt, str):
+            guidance = self.config.guidance if guidance is None else guidance
+            request = Request(prompt, frames, height, width, seed, guidance, negative_prompt, known, extend)
+            if loop:
+                return self._sample_loop(request, schedule, progress)
+            return self._sample([request], schedule, progress)[0]
+        if loop:
+            raise ValueError("loop: expected False with requests; loop one prompt at a time")
+        requests = [prompt] if isinstance(prompt, Request) else list(prompt)
+        for i, request in enumerate(requests):
+            if not isinstance(request, Request):
+                raise TypeError(f"prompt: expected text, a Request or a list of Requests, got {type(request).__name__} at {i}")
+        if not requests:
+            raise ValueError("prompt: expected at least one request, got none")
+        clips = self._sample(requests, schedule, progress)
+        return clips[0] if isinstance(prompt, Request) else clips
+
+    def stream(
+        self, prompt: str, frames: int, *, chunk: int | None = None, overlap: int | None = None, known: Any | None = None, **options
+    ) -> Iterator[Clip]:
+        """A long video, chunk by chunk in bounded memory: each chunk is sampled knowing the last `overlap` frames before it.
+
+        chunk: the frames sampled together, the trained length by default; overlap: half of that. known: a clip to go on from. options: as of `sample`, `seed` for the first chunk. Yields
+        clips of new frames, `frames` in all.
+        """
+        chunk = chunk or self.config.trained_frames
+        overlap = chunk // 2 if overlap is None else overlap
+        if not 0 < overlap < chunk:
+            raise ValueError(f"overlap: expected from 1 to {chunk - 1} frames for chunks of {chunk}, got {overlap}")
+        if frames < 1:
+            raise ValueError(f"frames: expected at least 1, got {frames}")
+        seed = options.pop("seed", 0)
+        tail, made = known, 0
+        while made < frames:
+            seen = 0 if tail is None else len(tail[-overlap:])
+            length = min(chunk, seen + frames - made)
+            clip = self.sample(prompt, frames=length, known=None if tail is None else tail[-overlap:], seed=seed, **options)
+            new = clip[seen:]
+            tail = clip
+            made, seed = made + len(new), seed + 1
+            yield new
+
+    def _sample_loop(self, request: Request, schedule: list[Step], progress) -> Clip:
+        """A loop of T frames is T + 1 frames with one image at both ends, less the last. Without a given first frame, that is sampled before."""
+        request.check(self.vae.stride * self.dit.config.patch[1])
+        if request.frames < 2:
+            raise ValueError(f"frames: expected at least 2 for a loop, got {request.frames}")
+        given = resolve(request.known, request.frames, request.height, request.width, request.extend)
+        if given.indices not in ((), (0,)):
+            raise ValueError(f"known: expected no more than the first frame of a loop, got frames {given.indices}")
+        first = given.images[0] if given.indices else self._sample([replace(request, known=None)], schedule, progress)[0][0]
+        whole = replace(request, frames=request.frames + 1, known=loop_frames(first), extend="forward")
+        return self._sample([whole], schedule, progress)[0][:-1]
+
+    def _sample(self, requests: list[Request], schedule: list[Step], progress) -> list[Clip]:
+        pack = Pack.build(requests, self.dit, self.vae, self.text)
+        tokens = self._denoise(pack, schedule, progress)
+        codes = unpatchify(tokens, pack.layout, self.dit.config.channels, self.dit.config.patch)
+        clips = []
+        for code, known, request in zip(codes, pack.known, requests, strict=True):
+            frames = known.paste(self._decode(self.dit.denormalise(code), known))
+            clips.append(Clip(frames, fps=self.config.fps, prompt=request.prompt, seed=request.seed))
+        return clips
+
+    def _denoise(self, pack: Pack, schedule: list[Step], progress) -> Tensor:
+        """The reverse process over the tokens of the pack; guided requests are evaluated with and without their prompt in one pack."""
+        x, x0 = pack.start, None
+        known = pack.layout.coordinates.known
+        rows = pack.layout.rows("clip")
+        free = ~pack.model_layout.frame_known
+        for done, step in enumerate(schedule, start=1):
+            times = torch.where(free, step.time, 0.0)
+            tokens = x if pack.guidance is None else torch.cat((x, x))
+            velocity = self.dit(tokens, times, pack.text.tokens, pack.model_layout, pack.text_layout)
+            cond, uncond = (velocity, None) if pack.guidance is None else velocity.chunk(2)
+            coefficients = torch.tensor(step.coefficients, dtype=torch.float32, device=x.device)
+            x, x0 = guided_step(
+                x, cond, uncond, x0, coefficients, guidance=pack.guidance, rows=None if pack.guidance is None else rows, known=known
+            )
+            if progress is not None:
+                progress(done, len(schedule))
+        return x
+
+    def _decode(self, code: Tensor, known: KnownFrames) -> Tensor:
+        """Code (channels, T, h, w) to frames, uint8 (T, H, W, 3). Each clip is decoded by itself."""
+        space = code[None, : self.vae.config.latent_channels].to(self.vae.dtype)
+        if code.shape[0] == 2 * self.vae.config.latent_channels and self.config.time_latents == "sampled":
+            video = self.vae.decode(space, code[None, self.vae.config.latent_channels :].to(self.vae.dtype))
+        else:
+            pixels = to_float(known.images).to(space.device, space.dtype)
+            video = self.vae.decode_space(space, given={index: pixels[None, :, i] for i, index in enumerate(known.indices)})
+        return Clip.from_float(video[0].float().cpu()).frames

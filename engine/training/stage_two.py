@@ -1,0 +1,126 @@
+"""Stage two: the video transformer learns the velocity of the VAE's latents, given captions and known frames.
+
+Every step is a pack of clips of several sizes and lengths, images among them. About half of the clips have some known frames: these enter as the frame encoded alone, at
+timestep 0, and carry no loss. Captions are long or short, and sometimes empty, for classifier-free guidance.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tubelet.kernels import VideoLayout, patchify
+
+from ..conditioning import random_known_mask
+from ..dit import VideoDiT
+from ..flow import interpolate, logit_normal_times, velocity_target
+from ..text import TextEncoder
+from ..vae import VideoVAE
+from ..video import to_float
+from .data import SizeSampler, World
+
+
+@dataclass(frozen=True)
+class StageTwoConfig:
+    """tokens: of a step's pack, in `groups` groups of clips of one size. A step encodes one new group and draws the others from the last `pool` groups."""
+
+    tokens: int = 2048
+    groups: int = 3
+    pool: int = 256
+    longest_clip: int = 16
+    images: float = 0.2
+    long_captions: float = 0.4
+    empty_captions: float = 0.1
+    shift: float = 2.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Clips of one size, encoded: codes of the video and of each frame alone, both (clips, channels, T, h, w), and their two captions."""
+
+    codes: Tensor
+    alone: Tensor
+    captions: list[tuple[str, str]]
+
+
+class StageTwo(nn.Module):
+    """The loss of a step. Its trainable modules are the transformer and, if `train_text`, the text encoder; the VAE is fixed."""
+
+    def __init__(self, dit: VideoDiT, text: TextEncoder, vae: VideoVAE, world: World, config: StageTwoConfig, *, train_text: bool):
+        super().__init__()
+        self.dit, self.text = dit, text.requires_grad_(train_text)
+        self.vae = vae.requires_grad_(False).eval()
+        if dit.config.channels not in (vae.config.latent_channels, 2 * vae.config.latent_channels):
+            raise ValueError(
+                f"dit: expected channels {vae.config.latent_channels} (space latents) or {2 * vae.config.latent_channels} (space and time), "
+                f"got {dit.config.channels}"
+            )
+        if dit.config.text_width != text.dim:
+            raise ValueError(f"dit: expected text_width {text.dim} as the text encoder has, got {dit.config.text_width}")
+        self.train_text, self.world, self.config = train_text, world, config
+        stride = vae.stride * dit.config.patch[1]
+        self.sizes = SizeSampler(
+            config.tokens // config.groups, seed=config.seed, stride=stride, longest_clip=config.longest_clip, images=config.images
+        )
+        self.groups: list[Group] = []
+
+    @torch.no_grad()
+    def measure(self, groups: int = 24) -> None:
+        """Set the transformer's normalisation of latents from the first groups."""
+        codes = torch.cat([self.group(i).codes.transpose(0, 1).flatten(1) for i in range(groups)], dim=1)
+        self.dit.latent_mean.copy_(codes.mean(dim=1))
+        self.dit.latent_std.copy_(codes.std(dim=1).clamp(min=1e-3))
+
+    @torch.no_grad()
+    def group(self, index: int) -> Group:
+        """Encode group `index`."""
+        frames, height, width = self.sizes.draw(index)
+        stride = self.vae.stride * self.dit.config.patch[1]
+        count = max(1, self.config.tokens // self.config.groups * stride**2 // (frames * height * width))
+        samples = [self.world.draw(index * 4096 + i, frames, height, width) for i in range(count)]
+        video = torch.stack([to_float(sample.frames) for sample in samples]).to(self.vae.device)
+        latents, alone = self.vae.encode(video), self.vae.encode_images(video)
+        both = self.dit.config.channels == 2 * self.vae.config.latent_channels
+        codes = [(x.stacked if both else x.space).float() for x in (latents, alone)]
+        return Group(*codes, [(sample.caption, sample.long_caption) for sample in samples])
+
+    def draw(self, step: int, rng: np.random.Generator) -> list[Group]:
+        """One new group, and others from the pool."""
+        self.groups = [*self.groups, self.group(step)][-self.config.pool :]
+        others = rng.integers(len(self.groups), size=self.config.groups - 1)
+        return [self.groups[-1], *(self.groups[i] for i in others)]
+
+    def loss(self, step: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng([self.config.seed, step])
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        device, patch = self.dit.device, self.dit.config.patch
+        clips, alone, known, captions = [], [], [], []
+        for group in self.draw(step, rng):
+            clips += [self.dit.normalise(clip) for clip in group.codes]
+            alone += [self.dit.normalise(clip) for clip in group.alone]
+            known += [random_known_mask(clip.shape[1], generator) for clip in group.codes]
+            captions += [self._caption(pair, rng) for pair in group.captions]
+        grids = [(clip.shape[1], clip.shape[2] // patch[1], clip.shape[3] // patch[2]) for clip in clips]
+        layout = VideoLayout.pack(grids, known=[mask.tolist() for mask in known], device=device)
+
+        target, given = patchify(clips, patch), patchify(alone, patch)
+        noise = torch.randn(target.shape, generator=generator).to(device)
+        clip_times = logit_normal_times(len(clips), generator, shift=self.config.shift).to(device)
+        times = torch.cat([t.expand(len(mask)) for t, mask in zip(clip_times, known, strict=True)])
+        times = times * ~torch.cat(known).to(device)
+        marked = layout.coordinates.known[:, None]
+        tokens = torch.where(marked, given, interpolate(target, noise, times[layout.rows("frame").long()]))
+
+        with torch.set_grad_enabled(self.train_text):
+            text = self.text(captions)
+        velocity = self.dit(tokens, times, text.tokens, layout, VideoLayout.segments(text.lengths, device=device))
+        error = (velocity.float() - velocity_target(target, noise)).square().mean(dim=1)
+        free = ~marked[:, 0]
+        return {"loss": (error * free).sum() / free.sum()}
+
+    def _caption(self, pair: tuple[str, str], rng: np.random.Generator) -> str:
+        if rng.random() < self.config.empty_captions:
+            return ""
+        return pair[int(rng.random() < self.config.long_captions)]

@@ -1,0 +1,116 @@
+"""Which implementation ran, why others did not, and that the package stands on torch alone."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tubelet.kernels import (
+    Engagement,
+    Full,
+    VideoLayout,
+    attention,
+    engaged,
+    gated_residual,
+    modulated_norm,
+    patch_embed,
+    qk_norm_rope,
+    reset_engaged,
+)
+from tubelet.kernels.dispatch import select
+
+LAYOUT = VideoLayout.pack([(1, 2, 2)])
+HEADS = torch.zeros(4, 2, 8)
+TOKENS = torch.zeros(4, 8)
+OPS = {
+    "attention": lambda **options: attention(HEADS, HEADS, HEADS, LAYOUT, Full(), **options),
+    "modulated_norm": lambda **options: modulated_norm(TOKENS, **options),
+    "gated_residual": lambda **options: gated_residual(TOKENS, TOKENS, **options),
+    "qk_norm_rope": lambda **options: qk_norm_rope(HEADS, HEADS, **options),
+    "patch_embed": lambda **options: patch_embed([torch.zeros(2, 1, 4, 4)], torch.zeros(3, 8), **options),
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_record():
+    reset_engaged()
+    yield
+    reset_engaged()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_each_call_is_counted(op):
+    assert engaged() == {}
+    OPS[op]()
+    OPS[op](implementation="torch")
+    OPS[op](implementation="reference")
+    record = engaged()
+    assert list(record) == [op]
+    assert {name: engagement.calls for name, engagement in record[op].items()} == {"torch": 2, "reference": 1}
+    reset_engaged()
+    assert engaged() == {}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_auto_says_why_triton_was_passed_over(op):
+    OPS[op](implementation="torch")
+    assert engaged()[op]["torch"].passed_over == {}  # asked for by name: nothing was passed over
+    OPS[op]()
+    assert "Triton" in engaged()[op]["torch"].passed_over["triton"]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("implementation", ["triton", "gluon"])
+def test_what_cannot_run_says_why(op, implementation):
+    with pytest.raises(ValueError, match=f"implementation: {op} cannot run as '{implementation}': .+"):
+        OPS[op](implementation=implementation)
+    assert engaged() == {}  # what did not run is not recorded
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_unknown_name_is_told_the_known_ones(op):
+    with pytest.raises(ValueError, match=f"implementation: expected one of auto, torch, reference for {op}, got 'cuda'"):
+        OPS[op](implementation="cuda")
+
+
+def test_the_record_is_a_copy():
+    OPS["attention"]()
+    before = engaged()
+    OPS["attention"]()
+    assert before["attention"]["torch"].calls == 1 and engaged()["attention"]["torch"].calls == 2
+    before["attention"].clear()
+    assert engaged()["attention"]["torch"].calls == 2
+
+
+def test_auto_takes_the_first_that_is_available():
+    first, second = (lambda: 1), (lambda: 2)
+    assert select("op", "auto", {"triton": first, "torch": second}, {"gluon": "the GPU is too old"}) is first
+    assert select("op", "torch", {"triton": first, "torch": second}, {"gluon": "the GPU is too old"}) is second
+    assert engaged() == {"op": {"triton": Engagement(calls=1, passed_over={"gluon": "the GPU is too old"}), "torch": Engagement(calls=1)}}
+
+
+ON_TORCH_ALONE = """
+import sys
+
+ABSENT = ("triton", "av", "diffusers", "einops", "transformers")
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+from tubelet.kernels import Full, VideoLayout, attention, engaged
+
+x = torch.randn(4, 2, 8)
+attention(x, x, x, VideoLayout.pack([(1, 2, 2)]), Full())
+assert not set(ABSENT) & {name.partition(".")[0] for name in sys.modules}
+print(engaged()["attention"]["torch"].calls)
+"""
+
+
+def test_imports_with_torch_alone(tmp_path):
+    ran = subprocess.run([sys.executable, "-c", ON_TORCH_ALONE], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["1"]
