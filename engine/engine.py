@@ -22,7 +22,7 @@ from .conditioning import KnownFrames, loop as loop_frames, resolve
 from .dit import VideoDiT
 from .flow import SOLVERS, Step, plan
 from .packing import Pack, Request
-from .pretrained import fetch, read_config, write_json
+from .pretrained import fetch, pick_device, read_config, write_json
 from .text import TextEncoder
 from .vae import VideoVAE
 from .video import Clip, to_float
@@ -68,7 +68,7 @@ class Engine:
         """
         folder = BUNDLED if name is None else fetch(name, "model", ["*.json", "*.txt", "*.safetensors", "*/*.json", "*/*.txt", "*/*.safetensors"])
         config = read_config(folder / "engine.json", EngineConfig)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = pick_device(device)
         text = TextEncoder.from_pretrained(folder / "text", dtype=torch.float32, device=device)
         dit, vae = (part.from_pretrained(folder / where).to(device) for part, where in ((VideoDiT, "dit"), (VideoVAE, "vae")))
         return cls(text, dit, vae, config)

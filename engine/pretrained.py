@@ -49,6 +49,16 @@ class PretrainedModule(nn.Module):
         save_tensors(folder / "model.safetensors", {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in self.state_dict().items()})
 
 
+def pick_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of that name, or the GPU if there is one, else the CPU. Raises ValueError for one that is not there."""
+    try:
+        picked = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: cannot use {str(device)!r}: {str(error).splitlines()[0]}") from error
+    return picked
+
+
 def fetch(name: str | Path, what: str, patterns: list[str]) -> Path:
     """A local folder, or where the files of a hub id that match the patterns were downloaded to. Raises FileNotFoundError."""
     if not isinstance(name, str | Path):

@@ -1,0 +1,296 @@
+"""The `tubelet` command."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
+from rich.table import Table
+
+app = typer.Typer(help="Sample video from a spacetime diffusion transformer.", no_args_is_help=True, pretty_exceptions_enable=False)
+train = typer.Typer(help="Train a model: first the VAE, then the transformer.", no_args_is_help=True)
+app.add_typer(train, name="train")
+console = Console()
+errors = Console(stderr=True)
+
+Model = Annotated[str | None, typer.Option(help="A folder or a hub id; the bundled model if not given.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; a GPU is taken if there is one.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The folder of the run; a run that is there already is resumed.")]
+Data = Annotated[list[Path] | None, typer.Option(help="Folder(s) of videos with captions, in place of the procedural world.")]
+Steps = Annotated[int, typer.Option(help="Training steps.")]
+Minutes = Annotated[float | None, typer.Option(help="Train for this long in all, instead of a number of steps.")]
+Rate = Annotated[float, typer.Option(help="The highest learning rate.")]
+Precision = Annotated[str, typer.Option(help="bf16 (autocast) or fp32.")]
+Seed = Annotated[int, typer.Option(help="Of the data, the noise and the first weights.")]
+LongestClip = Annotated[int, typer.Option(help="Frames of the longest clips.")]
+
+
+def main() -> None:
+    """Run the command. Bad input ends with its message and exit code 2, without a traceback (set TUBELET_DEBUG=1 to see it)."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("TUBELET_DEBUG"):
+            raise
+        errors.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command()
+def sample(
+    prompt: Annotated[str, typer.Argument(help="What the video shows.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="NAME.mp4, .gif, .png (contact sheet), .npy, or a folder for PNG frames.")] = Path("out.mp4"),
+    image: Annotated[Path | None, typer.Option(help="An image that the video starts with.")] = None,
+    last_image: Annotated[Path | None, typer.Option(help="An image that the video ends with.")] = None,
+    video: Annotated[Path | None, typer.Option(help="A video to extend; the result holds it and what was made.")] = None,
+    backward: Annotated[bool, typer.Option(help="Extend the video before its start.")] = False,
+    loop: Annotated[bool, typer.Option(help="Make the last frame lead on to the first.")] = False,
+    frames: Annotated[int, typer.Option(help="Number of frames; with --video, of new ones.")] = 16,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; 64x64, or that of the image or video.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the solver.")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, heun or dpm++2m.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="How strongly the prompt steers.")] = None,
+    negative: Annotated[str, typer.Option(help="What the video should not show.")] = "",
+    seed: Annotated[int, typer.Option(help="Of the noise: the same seed gives the same video.")] = 0,
+    save_frames: Annotated[Path | None, typer.Option(help="Also write every frame as a PNG to this folder.")] = None,
+    model: Model = None,
+    device: Device = None,
+) -> None:
+    """Make a video from a prompt."""
+    from .conditioning import extend_backward, extend_forward
+    from .engine import Engine
+    from .video import FORMATS, Clip, fit, load_image
+
+    if not prompt.strip():
+        raise ValueError("prompt: expected a description of the video, got an empty one")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: cannot be written: there is no folder {out.parent}")
+    if out.suffix.lower() not in FORMATS and not out.is_dir() and out.suffix:
+        raise ValueError(f"--out: expected a name that ends in {', '.join(FORMATS)}, or a folder, got {out}")
+    if video is not None and (image is not None or last_image is not None or loop):
+        raise ValueError("--video: cannot be combined with --image, --last-image or --loop")
+    if backward and video is None:
+        raise ValueError("--backward: needs a --video to extend")
+    given = Clip.load(video) if video is not None else None
+    images = {index: load_image(path) for index, path in ((0, image), (-1, last_image)) if path is not None}
+
+    with console.status("loading the model"):
+        engine = Engine.from_pretrained(model, device=device)
+    multiple = engine.vae.stride * engine.dit.config.patch[1]
+    first = given.frames[0] if given is not None else next(iter(images.values()), None)
+    height, width = _size(size, first, multiple, engine.config.trained_sides[1])
+    known = {index: fit(picture[None], height, width)[0] for index, picture in images.items()}
+    if given is not None:
+        given = Clip(fit(given.frames, height, width), given.fps)
+        seen = min(len(given), engine.config.trained_frames // 2)
+        known = extend_backward(given[:seen]) if backward else extend_forward(given[-seen:])
+        frames += seen
+    with _progress() as bar:
+        task = bar.add_task(f"{frames} frames of {width}x{height}", total=None)
+        clip = engine.sample(
+            prompt,
+            frames=frames,
+            height=height,
+            width=width,
+            seed=seed,
+            guidance=guidance,
+            negative_prompt=negative,
+            known=known or None,
+            loop=loop,
+            steps=steps,
+            solver=solver,
+            progress=lambda done, of: bar.update(task, completed=done, total=of),
+        )
+    if given is not None:
+        made = Clip(clip[:-seen].frames if backward else clip[seen:].frames, given.fps)
+        clip = made + given if backward else given + made
+    clip.save(out)
+    if save_frames is not None:
+        clip.save_frames(save_frames)
+    console.print(f"{out}: {len(clip)} frames of {clip.width}x{clip.height}, {clip.duration:.1f} s", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def info(model: Model = None) -> None:
+    """Show the model, the versions, the device, and which implementation of each op can run here."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from .engine import Engine
+
+    engine = Engine.from_pretrained(model, device="cpu")
+    table = Table(show_header=False, box=None)
+    for package in ("tubelet", "torch", "triton", "transformers", "av", "diffusers"):
+        try:
+            table.add_row(package, version(package))
+        except PackageNotFoundError:
+            table.add_row(package, "not installed")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: sampling runs on the CPU"
+    table.add_row("GPU", gpu)
+    table.add_row("CPU threads", str(torch.get_num_threads()))
+    table.add_row("model", f"{engine.config.name}: {', '.join(f'{name} {_millions(part)}' for name, part in _parts(engine))}")
+    low, high = engine.config.trained_sides
+    table.add_row("trained on", f"sides of {low} to {high} pixels, up to {engine.config.trained_frames} frames")
+    table.add_row("sampling", f"{engine.config.solver}, {engine.config.steps} steps, guidance {engine.config.guidance:g}, shift {engine.config.shift:g}")
+    console.print(table)
+    # A sample of one step shows what really runs, rather than what should.
+    from tubelet.kernels import engaged, reset_engaged
+
+    reset_engaged()
+    engine.sample("a test", frames=2, height=32, width=32, steps=1)
+    ops = Table("op", "runs as", "calls", "passed over")
+    for op, ran in sorted(engaged().items()):
+        for name, engagement in ran.items():
+            ops.add_row(op, name, str(engagement.calls), "; ".join(f"{k}: {v}" for k, v in engagement.passed_over.items()))
+    console.print(ops)
+
+
+@train.command("vae")
+def train_vae(
+    out: Out,
+    data: Data = None,
+    steps: Steps = 20_000,
+    minutes: Minutes = None,
+    learning_rate: Rate = 2e-3,
+    kl_weight: Annotated[float, typer.Option(help="The price of a nat of rate.")] = 5.0,
+    tokens: Annotated[int, typer.Option(help="Size of a step, in frames of 16x16 pixels.")] = 512,
+    longest_clip: LongestClip = 16,
+    precision: Precision = "bf16",
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Stage one: the VAE, to OUT/vae."""
+    from .pretrained import pick_device
+    from .training.stage_one import StageOne, StageOneConfig
+    from .training.trainer import Trainer, TrainerConfig
+    from .vae import VAEConfig, VideoVAE
+
+    torch.manual_seed(seed)
+    vae = VideoVAE(VAEConfig()).to(pick_device(device))
+    stage = StageOne(vae, _world(data, seed, pans=0.25), StageOneConfig(tokens, longest_clip, kl_weight, seed=seed))
+    config = TrainerConfig(steps, minutes, learning_rate, warmup=100, precision=precision, seed=seed)
+    trainer = Trainer(vae, out, config)
+    trainer.run(stage.loss, "vae")
+    with trainer.averaged():
+        vae.save_pretrained(out / "vae")
+    console.print(f"{out / 'vae'}: the VAE after {trainer.step} steps", highlight=False, soft_wrap=True)
+
+
+@train.command("dit")
+def train_dit(
+    vae: Annotated[Path, typer.Option(help="The folder of the VAE, made by `train vae`.")],
+    out: Out,
+    data: Data = None,
+    text: Annotated[str | None, typer.Option(help="A CLIP or T5 encoder (kept fixed); without it a small CLIP is made and trained along.")] = None,
+    width: Annotated[int, typer.Option(help="Channels of the transformer.")] = 192,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    blocks: Annotated[int, typer.Option(help="Number of factorised blocks.")] = 6,
+    latents: Annotated[str, typer.Option(help="What is diffused: 'both' latents, or 'space' alone.")] = "both",
+    steps: Steps = 50_000,
+    minutes: Minutes = None,
+    learning_rate: Rate = 1e-3,
+    tokens: Annotated[int, typer.Option(help="Tokens of a step's pack.")] = 2048,
+    longest_clip: LongestClip = 16,
+    precision: Precision = "bf16",
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Stage two: the video transformer, to OUT/model, ready to sample."""
+    from .dit import DiTConfig, VideoDiT
+    from .engine import Engine, EngineConfig
+    from .pretrained import pick_device
+    from .text import TextEncoder, build_clip
+    from .training.data import vocabulary_captions
+    from .training.stage_two import StageTwo, StageTwoConfig
+    from .training.trainer import Trainer, TrainerConfig
+    from .vae import VideoVAE
+
+    if latents not in ("both", "space"):
+        raise ValueError(f"--latents: expected 'both' or 'space', got {latents!r}")
+    where = pick_device(device)
+    torch.manual_seed(seed)
+    first = VideoVAE.from_pretrained(vae).to(where)
+    world = _world(data, seed, pans=0.03)
+    if text is None:
+        captions = vocabulary_captions(4000) if not data else (world.draw(i, 1, 32, 32).caption for i in range(4000))
+        encoder = build_clip(captions, out / "text", dim=128, layers=2, heads=4, max_length=64).to(where)
+    else:
+        encoder = TextEncoder.from_pretrained(text, device=where)
+    channels = first.config.latent_channels * (2 if latents == "both" else 1)
+    config = DiTConfig(channels, width=width, heads=heads, blocks=("factorised",) * blocks, text_width=encoder.dim)
+    dit = VideoDiT(config).to(where)
+    stage = StageTwo(dit, encoder, first, world, StageTwoConfig(tokens, longest_clip=longest_clip, seed=seed), train_text=text is None)
+    trainer = Trainer(stage, out, TrainerConfig(steps, minutes, learning_rate, precision=precision, seed=seed))
+    stage.measure()
+    trainer.run(stage.loss, "dit")
+    with trainer.averaged():
+        engine = Engine(encoder, dit, first, EngineConfig(trained_frames=longest_clip))
+        engine.save_pretrained(out / "model", torch.float16)
+    console.print(f"{out / 'model'}: the model after {trainer.step} steps", highlight=False, soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model = None,
+    prompts: Annotated[int, typer.Option(help="Number of prompts to sample.")] = 100,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the figures to this JSON file.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet of sampled clips to this PNG file.")] = None,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Measure a model on held-out clips and prompts, read off the pixels by a fixed oracle."""
+    from .engine import Engine
+    from .pretrained import write_whole
+    from .training.evaluate import EvalConfig, evaluate
+    from .video import contact_sheet, save_png
+
+    engine = Engine.from_pretrained(model, device=device)
+    config = EvalConfig(prompts=prompts, clips=max(2, min(40, prompts)), streams=max(1, min(6, prompts // 10)), seed=seed)
+    results, clips = evaluate(engine, config, lambda items, name: track(items, name, console=console))
+    table = Table("what", "figure", "value")
+    for part, figures in results.items():
+        for name, value in figures.items():
+            table.add_row(part, name.replace("_", " "), f"{value:g}")
+    console.print(table)
+    if out is not None:
+        write_whole(out, (json.dumps(results, indent=2) + "\n").encode())
+    if sheet is not None:
+        shown = clips[:16]
+        save_png(contact_sheet(shown, [clip.prompt or "" for clip in shown]), sheet)
+
+
+def _size(size: str | None, picture: torch.Tensor | None, multiple: int, longest: int) -> tuple[int, int]:
+    """(height, width): what was asked, or the nearest to the given picture's shape with no side above `longest`, or 64 x 64."""
+    if size is not None:
+        parts = size.lower().split("x")
+        if len(parts) != 2 or not all(part.isdigit() for part in parts):
+            raise ValueError(f"--size: expected WIDTHxHEIGHT, such as 96x64, got {size!r}")
+        return int(parts[1]), int(parts[0])
+    if picture is None:
+        return 64, 64
+    scale = min(1.0, longest / max(picture.shape[:2]))
+    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in picture.shape[:2])
+
+
+def _world(data: list[Path] | None, seed: int, pans: float):
+    from .training.data import Mixture, PanWorld, ShapesWorld, VideoFolder
+
+    if data:
+        return Mixture([(VideoFolder(folder, seed), 1.0) for folder in data], seed)
+    return Mixture([(ShapesWorld(seed), 1 - pans), (PanWorld(seed), pans)], seed)
+
+
+def _progress() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+
+
+def _parts(engine):
+    return (("text", engine.text), ("transformer", engine.dit), ("VAE", engine.vae))
+
+
+def _millions(module: torch.nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M"
