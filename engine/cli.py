@@ -189,7 +189,7 @@ def train_dit(
     width: Annotated[int, typer.Option(help="Channels of the transformer.")] = 192,
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
     blocks: Annotated[int, typer.Option(help="Number of factorised blocks.")] = 6,
-    latents: Annotated[str, typer.Option(help="What is diffused: 'both' latents, or 'space' alone.")] = "both",
+    latents: Annotated[str, typer.Option(help="What is diffused: 'space' latents (time latents follow from them), or 'both'.")] = "space",
     steps: Steps = 50_000,
     minutes: Minutes = None,
     learning_rate: Rate = 1e-3,

@@ -80,7 +80,7 @@ class VideoDiT(PretrainedModule):
         self.known = nn.Parameter(torch.zeros(width))
         if config.positions != "rotary":
             self.tables = nn.ParameterList([nn.Parameter(0.02 * torch.randn(config.table_size, width)) for _ in range(3)])
-        self.condition = Condition(width)
+        self.condition = Condition(width, config.text_width)
         parts = {kind: 3 if kind == "factorised" else 2 for kind in BLOCKS}
         self.modulation = nn.Linear(width, 9 * width)
         self.blocks = nn.ModuleList(Block(config, kind, parts[kind]) for kind in config.blocks)
@@ -109,7 +109,7 @@ class VideoDiT(PretrainedModule):
         if self.config.positions != "rotary":
             x = x + self._positions(layout)
         rows = layout.rows("frame")
-        condition = self.condition(times, layout)
+        condition = self.condition(times, layout, text, text_layout)
         modulation = self.modulation(condition)
         rotary = self._rotary(layout) if self.config.positions != "factorised" else {}
         for block in self.blocks:
@@ -144,20 +144,28 @@ class VideoDiT(PretrainedModule):
 
 
 class Condition(nn.Module):
-    """What modulates a frame: its noise level, and the size of the canvas in tokens."""
+    """What modulates a frame: its noise level, the size of the canvas in tokens, and the mean of the text (Podell et al. 2023, SDXL, for the latter two)."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, text_width: int):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
         self.size = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
+        self.text = nn.Sequential(nn.Linear(text_width, width), nn.SiLU(), nn.Linear(width, width))
 
-    def forward(self, times: Tensor, layout: VideoLayout) -> Tensor:
+    def forward(self, times: Tensor, layout: VideoLayout, text: Tensor, text_layout: VideoLayout) -> Tensor:
         """(frames, width), after the activation that precedes the modulation's projection."""
         sides = torch.tensor([clip.grid[1:] for clip in layout.clips], dtype=torch.float32, device=times.device)
-        size = self.size(waves(sides, 64).flatten(1).to(self.time[0].weight.dtype))
+        clip = self.size(waves(sides, 64).flatten(1).to(text.dtype)) + self.text(self._mean(text, text_layout))
         frames = torch.tensor([clip.frames for clip in layout.clips], device=times.device)
-        size = size.repeat_interleave(frames, dim=0, output_size=layout.num_frames)
-        return F.silu(self.time(waves(1000 * times, 128).to(size.dtype)) + size)
+        clip = clip.repeat_interleave(frames, dim=0, output_size=layout.num_frames)
+        return F.silu(self.time(waves(1000 * times, 128).to(text.dtype)) + clip)
+
+    @staticmethod
+    def _mean(text: Tensor, layout: VideoLayout) -> Tensor:
+        """The mean of each clip's text, (clips, text_width); zeros for an empty one."""
+        counts = torch.tensor([max(clip.text_length, 1) for clip in layout.clips], dtype=text.dtype, device=text.device)
+        sums = text.new_zeros(layout.num_clips, text.shape[1]).index_add(0, layout.rows("clip"), text)
+        return sums / counts[:, None]
 
 
 def waves(values: Tensor, channels: int) -> Tensor:

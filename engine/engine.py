@@ -74,10 +74,10 @@ class Engine:
         return cls(text, dit, vae, config)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the model as a folder that `from_pretrained` reads; weights of the transformer and the VAE as `dtype` if given."""
+        """Write the model as a folder that `from_pretrained` reads, weights as `dtype` if given."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.text.save_pretrained(folder / "text")
+        self.text.save_pretrained(folder / "text", dtype)
         self.dit.save_pretrained(folder / "dit", dtype)
         self.vae.save_pretrained(folder / "vae", dtype)
         write_json(folder / "engine.json", asdict(self.config))

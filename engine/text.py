@@ -162,11 +162,11 @@ class TextEncoder(nn.Module):
         hidden = self._hidden(batch, mask.long())
         return PackedText(torch.cat([row[: len(key)] for row, key in zip(hidden, ids, strict=True)]), tuple(map(len, ids)))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the model and tokenizer in transformers' own formats; each file appears whole or not at all."""
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes the model (its weights as `dtype` if given) and tokenizer in transformers' own formats; each file whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = self.model.state_dict()
+        state = {key: value.to(dtype or value.dtype) for key, value in self.model.state_dict().items()}
         if self.model.config.model_type in _CLIP_TYPES:
             # The names of OpenAI's checkpoints, which every transformers reads; a flat CLIPTextModel is new in the 5.x series.
             state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in state.items()}

@@ -240,12 +240,12 @@ class TimeTransformer(nn.Module):
 
     def forward(self, space: Tensor, cache: StreamCache | None = None) -> Tensor:
         batch, _, frames, height, width = space.shape
-        x = self.down(rearrange(space, "b c t h w -> (b t) c h w"))
-        x = rearrange(x, "(b t) c h w -> b t h w c", b=batch)
-        streaming = cache is not None and cache.frames > 0
-        first = cache.space if streaming else self.start.to(x.dtype).expand(batch, 1, *x.shape[2:])
-        last = x[:, -1:]
-        x = torch.cat((first, x[:, :-1]), dim=1)
+        streaming = cache is not None and cache.space is not None
+        first = cache.space if streaming else torch.zeros_like(space[:, :, :1])
+        earlier = rearrange(torch.cat((first, space[:, :, :-1]), dim=2), "b c t h w -> (b t) c h w")
+        x = rearrange(self.down(earlier), "(b t) c h w -> b t h w c", b=batch)
+        if not streaming:
+            x = torch.cat((self.start.to(x.dtype).expand(batch, 1, *x.shape[2:]), x[:, 1:]), dim=1)
         grid = x.shape[1:4]
         limit = self.position[0].shape[0]
         if max(grid[1:]) > limit:
@@ -258,7 +258,7 @@ class TimeTransformer(nn.Module):
         for i, block in enumerate(self.blocks):
             x = block(x, layout, kv_layout, batch, i, cache)
         if cache is not None:
-            cache.frames, cache.space = past + frames, last
+            cache.frames, cache.space = past + frames, space[:, :, -1:]
         x = F.layer_norm(x, self.norm.weight.shape, self.norm.weight.to(x.dtype), self.norm.bias.to(x.dtype))
         x = rearrange(x, "(b t h w) c -> (b t) c h w", b=batch, t=frames, h=grid[1])
         x = self.out(F.silu(self.up(x)))[..., :height, :width]

@@ -10,9 +10,9 @@ turned. Fused, q and k are read and written once: 4 * tokens * heads * head_dim 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from .dispatch import select
+from .norms import norm_torch
 
 
 def rotary_table(
@@ -86,12 +86,8 @@ def qk_norm_rope(
 
 def _norm_rope_torch(x, weight, cos, sin, norm, across_heads, interleaved, eps):
     y = x.flatten(1) if across_heads else x
-    if norm == "rms":
-        # In float32: the library composes its RMS norm of several passes, slow in half precision.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = F.rms_norm(y.to(wide), y.shape[-1:], None if weight is None else weight.to(wide), eps)
-    elif norm == "layer":
-        y = F.layer_norm(y, y.shape[-1:], None if weight is None else weight.to(x.dtype), None, eps)
+    if norm is not None:
+        y = norm_torch(y, norm, weight, None, eps)
     y = y.reshape(x.shape)
     if cos is None:
         return y.to(x.dtype).contiguous()

@@ -16,7 +16,7 @@ from ..conditioning import random_known_mask
 from ..dit import VideoDiT
 from ..flow import interpolate, logit_normal_times, velocity_target
 from ..text import TextEncoder
-from ..vae import VideoVAE
+from ..vae import Latents, VideoVAE
 from ..video import to_float
 from .data import SizeSampler, World
 
@@ -68,23 +68,35 @@ class StageTwo(nn.Module):
 
     @torch.no_grad()
     def measure(self, groups: int = 24) -> None:
-        """Set the transformer's normalisation of latents from the first groups."""
-        codes = torch.cat([self.group(i).codes.transpose(0, 1).flatten(1) for i in range(groups)], dim=1)
-        self.dit.latent_mean.copy_(codes.mean(dim=1))
-        self.dit.latent_std.copy_(codes.std(dim=1).clamp(min=1e-3))
+        """Set the transformer's normalisation of latents from the first groups.
+
+        A channel is scaled by the spread of posterior samples, not of means: one that carries little next to its own noise then weighs little in the loss.
+        """
+        means, noise = [], []
+        for i in range(groups):
+            latents = self.vae.encode(self._video(i)[0])
+            means.append(self._code(latents).float().transpose(0, 1).flatten(1))
+            noise.append(self._code(latents._replace(space=latents.space_logvar.exp(), time=torch.zeros_like(latents.time))).transpose(0, 1).flatten(1))
+        means, noise = torch.cat(means, dim=1), torch.cat(noise, dim=1)
+        self.dit.latent_mean.copy_(means.mean(dim=1))
+        self.dit.latent_std.copy_((means.var(dim=1) + noise.mean(dim=1)).sqrt().clamp(min=1e-3))
 
     @torch.no_grad()
     def group(self, index: int) -> Group:
         """Encode group `index`."""
+        video, captions = self._video(index)
+        return Group(*(self._code(x).float() for x in (self.vae.encode(video), self.vae.encode_images(video))), captions)
+
+    def _video(self, index: int) -> tuple[Tensor, list[tuple[str, str]]]:
         frames, height, width = self.sizes.draw(index)
         stride = self.vae.stride * self.dit.config.patch[1]
         count = max(1, self.config.tokens // self.config.groups * stride**2 // (frames * height * width))
         samples = [self.world.draw(index * 4096 + i, frames, height, width) for i in range(count)]
         video = torch.stack([to_float(sample.frames) for sample in samples]).to(self.vae.device)
-        latents, alone = self.vae.encode(video), self.vae.encode_images(video)
-        both = self.dit.config.channels == 2 * self.vae.config.latent_channels
-        codes = [(x.stacked if both else x.space).float() for x in (latents, alone)]
-        return Group(*codes, [(sample.caption, sample.long_caption) for sample in samples])
+        return video, [(sample.caption, sample.long_caption) for sample in samples]
+
+    def _code(self, latents: Latents) -> Tensor:
+        return latents.stacked if self.dit.config.channels == 2 * self.vae.config.latent_channels else latents.space
 
     def draw(self, step: int, rng: np.random.Generator) -> list[Group]:
         """One new group, and others from the pool."""

@@ -105,7 +105,8 @@ def _plan(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> list[Batch
             shared = None if visible is None or visible.dim() == 4 else visible.numpy().tobytes()
             buckets[queries.shape[1], keys.shape[1], shared].append((queries, keys, visible))
     batches = []
-    for blocks in buckets.values():
+    # Sorted, so that the gradients of a key that several batches share are added in an order that does not depend on the other clips.
+    for _, blocks in sorted(buckets.items(), key=lambda item: (*item[0][:2], item[0][2] or b"")):
         queries, keys = torch.cat([block[0] for block in blocks]), torch.cat([block[1] for block in blocks])
         visible = blocks[0][2]
         if visible is not None and visible.dim() == 4:
