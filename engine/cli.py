@@ -44,7 +44,9 @@ def main() -> None:
 @app.command()
 def sample(
     prompt: Annotated[str, typer.Argument(help="What the video shows.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="NAME.mp4, .gif, .png (contact sheet), .npy, or a folder for PNG frames.")] = Path("out.mp4"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="NAME.mp4, .gif, .png (contact sheet), .npy, or a folder for PNG frames.")
+    ] = Path("out.mp4"),
     image: Annotated[Path | None, typer.Option(help="An image that the video starts with.")] = None,
     last_image: Annotated[Path | None, typer.Option(help="An image that the video ends with.")] = None,
     video: Annotated[Path | None, typer.Option(help="A video to extend; the result holds it and what was made.")] = None,
@@ -135,7 +137,10 @@ def info(model: Model = None) -> None:
     table.add_row("model", f"{engine.config.name}: {', '.join(f'{name} {_millions(part)}' for name, part in _parts(engine))}")
     low, high = engine.config.trained_sides
     table.add_row("trained on", f"sides of {low} to {high} pixels, up to {engine.config.trained_frames} frames")
-    table.add_row("sampling", f"{engine.config.solver}, {engine.config.steps} steps, guidance {engine.config.guidance:g}, shift {engine.config.shift:g}")
+    table.add_row(
+        "sampling",
+        f"{engine.config.solver}, {engine.config.steps} steps, guidance {engine.config.guidance:g}, shift {engine.config.shift:g}",
+    )
     console.print(table)
     # A sample of one step shows what really runs, rather than what should.
     from tubelet.kernels import engaged, reset_engaged
@@ -185,7 +190,9 @@ def train_dit(
     vae: Annotated[Path, typer.Option(help="The folder of the VAE, made by `train vae`.")],
     out: Out,
     data: Data = None,
-    text: Annotated[str | None, typer.Option(help="A CLIP or T5 encoder (kept fixed); without it a small CLIP is made and trained along.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="A CLIP or T5 encoder (kept fixed); without it a small CLIP is made and trained along.")
+    ] = None,
     width: Annotated[int, typer.Option(help="Channels of the transformer.")] = 192,
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
     blocks: Annotated[int, typer.Option(help="Number of factorised blocks.")] = 6,

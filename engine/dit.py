@@ -1,9 +1,9 @@
 """The video transformer: a diffusion transformer (DiT, Peebles & Xie 2023) over packs of spacetime latent patches.
 
-A model is a list of blocks. "factorised": attention within each frame -> causal attention along time at each site -> cross-attention to the text -> MLP (Latte,
-Ma et al. 2024). "full" and "frame_causal": attention over the whole clip, or over earlier and equal frames, in place of the first two. The
-timestep modulates each part (one shared projection with a learned offset per block, PixArt, Chen et al. 2023), one row per frame: known frames are at
-timestep 0, are marked by a channel of their own, and are seen as keys by every frame.
+A model is a list of blocks. "factorised": attention within each frame -> causal attention along time at each site -> cross-attention
+to the text -> MLP (Latte, Ma et al. 2024). "full" and "frame_causal": attention over the whole clip, or over earlier and equal frames,
+in place of the first two. The timestep modulates each part (one shared projection with a learned offset per block, PixArt, Chen et al.
+2023), one row per frame: known frames are at timestep 0, are marked by a channel of their own, and are seen as keys by every frame.
 """
 
 import math
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 from tubelet.kernels import (
     FrameCausal,
     Full,
@@ -36,8 +35,11 @@ POSITIONS = ("factorised", "rotary", "both")
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of the transformer. channels: of the latents it reads and predicts. positions: learned tables per axis added to the tokens ("factorised"), rotary channels in the
-    attention ("rotary"), or both. causal: whether factorised blocks attend along time causally."""
+    """Sizes of the transformer.
+
+    channels: of the latents it reads and predicts. positions: learned tables per axis added to the tokens ("factorised"), rotary channels
+    in the attention ("rotary"), or both. causal: whether factorised blocks attend along time causally.
+    """
 
     channels: int = 32
     patch: tuple[int, int, int] = (1, 2, 2)
@@ -101,8 +103,9 @@ class VideoDiT(PretrainedModule):
     def forward(self, tokens: Tensor, times: Tensor, text: Tensor, layout: VideoLayout, text_layout: VideoLayout) -> Tensor:
         """The velocity of each token, (tokens, token_width).
 
-        tokens: (tokens, token_width), noisy, or clean where known. times: (frames of the pack,), the noise level of each frame in [0, 1], 0 for known ones. text: (text
-        tokens, text_width). layout: where the clips lie and which frames are known. text_layout: the text of each clip, `VideoLayout.segments`.
+        tokens: (tokens, token_width), noisy, or clean where known. times: (frames of the pack,), the noise level of each frame in [0,
+        1], 0 for known ones. text: (text tokens, text_width). layout: where the clips lie and which frames are known. text_layout: the
+        text of each clip, `VideoLayout.segments`.
         """
         where = layout.coordinates
         x = self.embed(tokens) + where.known[:, None] * self.known
@@ -127,7 +130,9 @@ class VideoDiT(PretrainedModule):
         return sum(table[places[:, axis].clamp(0, size - 1)] for axis, table in enumerate(self.tables))
 
     def _rotary(self, layout: VideoLayout) -> dict[type[Mask], tuple[Tensor, Tensor]]:
-        """The rotary tables of each kind of attention. Along time only half of the channels turn: the others carry content over any distance."""
+        """The rotary tables of each kind of attention. Along time only half of the channels turn: the others carry content over any
+        distance.
+        """
         key = ("rotary", self.config)
         if key not in layout.cache:
             head_dim = self.config.width // self.config.heads
@@ -144,7 +149,9 @@ class VideoDiT(PretrainedModule):
 
 
 class Condition(nn.Module):
-    """What modulates a frame: its noise level, the size of the canvas in tokens, and the mean of the text (Podell et al. 2023, SDXL, for the latter two)."""
+    """What modulates a frame: its noise level, the size of the canvas in tokens, and the mean of the text (Podell et al. 2023, SDXL,
+    for the latter two).
+    """
 
     def __init__(self, width: int, text_width: int):
         super().__init__()
@@ -181,10 +188,7 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig, kind: str, parts: int):
         super().__init__()
         width = config.width
-        if kind == "factorised":
-            masks = (Spatial(), Temporal(causal=config.causal))
-        else:
-            masks = (Full(),) if kind == "full" else (FrameCausal(),)
+        masks = {"factorised": (Spatial(), Temporal(causal=config.causal)), "full": (Full(),), "frame_causal": (FrameCausal(),)}[kind]
         self.offsets = nn.Parameter(torch.zeros(3 * parts, width))
         self.attentions = nn.ModuleList(SelfAttention(width, config.heads, mask) for mask in masks)
         self.cross = CrossAttention(width, config.heads, config.text_width)

@@ -4,8 +4,9 @@
     clip = engine.sample("a red circle bounces on a blue background", frames=16, height=64, width=64)
     clip.save("out.mp4")
 
-What is the same to the bit, and what to rounding: noise, text and decoding of a request do not depend on its pack, and neither do this project's own ops. The matrix
-products of the transformer are the library's, which may choose another algorithm for another number of tokens; videos of a request alone and in a pack then differ by rounding (PSNR of 50 dB and more).
+What is the same to the bit, and what to rounding: noise, text and decoding of a request do not depend on its pack, and neither do this
+project's own ops. The matrix products of the transformer are the library's, which may choose another algorithm for another number of
+tokens; videos of a request alone and in a pack then differ by rounding (PSNR of 50 dB and more).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 from tubelet.kernels import guided_step, unpatchify
 
-from .conditioning import KnownFrames, loop as loop_frames, resolve
+from .conditioning import KnownFrames, resolve
+from .conditioning import loop as loop_frames
 from .dit import VideoDiT
 from .flow import SOLVERS, Step, plan
 from .packing import Pack, Request
@@ -32,7 +33,9 @@ BUNDLED = Path(__file__).parent / "assets" / "model"
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a model is best sampled; the defaults of `Engine.sample`. time_latents: "sampled" ones are decoded as they are, "recomputed" ones from the space latents."""
+    """How a model is best sampled; the defaults of `Engine.sample`. time_latents: "sampled" ones are decoded as they are, "recomputed"
+    ones from the space latents.
+    """
 
     name: str = "tubelet"
     fps: float = 8.0
@@ -56,7 +59,9 @@ class Engine:
         if dit.config.text_width != text.dim:
             raise ValueError(f"text: expected an encoder of {dit.config.text_width} channels as the transformer has, got {text.dim}")
         if dit.config.channels not in (vae.config.latent_channels, 2 * vae.config.latent_channels):
-            raise ValueError(f"vae: expected one whose latents make {dit.config.channels} channels, got {vae.config.latent_channels} of each kind")
+            raise ValueError(
+                f"vae: expected one whose latents make {dit.config.channels} channels, got {vae.config.latent_channels} of each kind"
+            )
         self.text, self.dit, self.vae = text.eval(), dit.eval(), vae.eval()
         self.config = config or EngineConfig()
 
@@ -64,9 +69,14 @@ class Engine:
     def from_pretrained(cls, name: str | Path | None = None, *, device: str | torch.device | None = None) -> "Engine":
         """The bundled model, a folder, or a hub id. Default device: CUDA if there is a GPU, else the CPU.
 
-        A model is a folder with engine.json and the folders text, dit and vae. Raises FileNotFoundError for what is missing, ValueError for what does not fit or is corrupt.
+        A model is a folder with engine.json and the folders text, dit and vae. Raises FileNotFoundError for what is missing,
+        ValueError for what does not fit or is corrupt.
         """
-        folder = BUNDLED if name is None else fetch(name, "model", ["*.json", "*.txt", "*.safetensors", "*/*.json", "*/*.txt", "*/*.safetensors"])
+        folder = (
+            BUNDLED
+            if name is None
+            else fetch(name, "model", ["*.json", "*.txt", "*.safetensors", "*/*.json", "*/*.txt", "*/*.safetensors"])
+        )
         config = read_config(folder / "engine.json", EngineConfig)
         device = pick_device(device)
         text = TextEncoder.from_pretrained(folder / "text", dtype=torch.float32, device=device)
@@ -103,10 +113,12 @@ class Engine:
     ) -> Clip | list[Clip]:
         """Sample a prompt, or a list of requests of any sizes and lengths in one pack.
 
-        The arguments up to `extend` describe the video of a prompt, as in `Request`. loop: the last frame leads on to the first. steps, solver ("euler", "heun", "dpm++2m") and shift (of the noise
-        schedule) default to what the model was tuned for. progress(done, of) is called after every evaluation of the model.
+        The arguments up to `extend` describe the video of a prompt, as in `Request`. loop: the last frame leads on to the first. steps,
+        solver ("euler", "heun", "dpm++2m") and shift (of the noise schedule) default to what the model was tuned for. progress(done, of)
+        is called after every evaluation of the model.
 
-        Returns a Clip, or a list of them for a list. Known frames come out as they went in. Raises ValueError or TypeError for a bad request.
+        Returns a Clip, or a list of them for a list. Known frames come out as they went in. Raises ValueError or TypeError for a bad
+        request.
         """
         steps, solver, shift = steps or self.config.steps, solver or self.config.solver, shift or self.config.shift
         if solver not in SOLVERS:
@@ -134,8 +146,8 @@ class Engine:
     ) -> Iterator[Clip]:
         """A long video, chunk by chunk in bounded memory: each chunk is sampled knowing the last `overlap` frames before it.
 
-        chunk: the frames sampled together, the trained length by default; overlap: half of that. known: a clip to go on from. options: as of `sample`, `seed` for the first chunk. Yields
-        clips of new frames, `frames` in all.
+        chunk: the frames sampled together, the trained length by default; overlap: half of that. known: a clip to go on from. options:
+        as of `sample`, `seed` for the first chunk. Yields clips of new frames, `frames` in all.
         """
         chunk = chunk or self.config.trained_frames
         overlap = chunk // 2 if overlap is None else overlap
@@ -155,7 +167,9 @@ class Engine:
             yield new
 
     def _sample_loop(self, request: Request, schedule: list[Step], progress) -> Clip:
-        """A loop of T frames is T + 1 frames with one image at both ends, less the last. Without a given first frame, that is sampled before."""
+        """A loop of T frames is T + 1 frames with one image at both ends, less the last. Without a given first frame, that is sampled
+        before.
+        """
         request.check(self.vae.stride * self.dit.config.patch[1])
         if request.frames < 2:
             raise ValueError(f"frames: expected at least 2 for a loop, got {request.frames}")

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 from tubelet.kernels import VideoLayout, patchify
 
 from .conditioning import KnownFrames, resolve
@@ -20,8 +19,9 @@ from .video import to_float
 class Request:
     """One video to sample.
 
-    prompt: what it shows. frames, height, width: its size in pixels. seed: of its noise. guidance: how strongly the prompt steers (1: no guidance). negative_prompt: what it is steered
-    away from. known: frames that are given, as `conditioning.resolve` takes them: {0: image}, {0: a, -1: b}, or a clip, which it extends forward or, with extend="backward", backward.
+    prompt: what it shows. frames, height, width: its size in pixels. seed: of its noise. guidance: how strongly the prompt steers (1:
+    no guidance). negative_prompt: what it is steered away from. known: frames that are given, as `conditioning.resolve` takes them:
+    {0: image}, {0: a, -1: b}, or a clip, which it extends forward or, with extend="backward", backward.
     """
 
     prompt: str
@@ -52,7 +52,9 @@ class Request:
             side = getattr(self, name)
             if side < multiple or side % multiple:
                 below = max(multiple, side // multiple * multiple)
-                raise ValueError(f"{name}: expected a multiple of {multiple} pixels, got {side}; the nearest are {below} and {below + multiple}")
+                raise ValueError(
+                    f"{name}: expected a multiple of {multiple} pixels, got {side}; the nearest are {below} and {below + multiple}"
+                )
         if not 0 <= self.guidance < float("inf"):
             raise ValueError(f"guidance: expected a number >= 0, got {self.guidance}")
 
@@ -61,7 +63,8 @@ class Request:
 class Pack:
     """Requests ready to sample: their known frames, starting tokens (noise, and the given frames where known), layouts and texts.
 
-    `layout` holds the clips once; `model_layout`, `text` and `text_layout` hold them twice if any is guided: with their prompts, then with their negative prompts.
+    `layout` holds the clips once; `model_layout`, `text` and `text_layout` hold them twice if any is guided: with their prompts, then
+    with their negative prompts.
     """
 
     known: tuple[KnownFrames, ...]

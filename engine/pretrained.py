@@ -46,7 +46,9 @@ class PretrainedModule(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", dataclasses.asdict(self.config))
-        save_tensors(folder / "model.safetensors", {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in self.state_dict().items()})
+        save_tensors(
+            folder / "model.safetensors", {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in self.state_dict().items()}
+        )
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:

@@ -1,8 +1,9 @@
 """The video VAE: TECO (Yan et al. 2022) with continuous latents. No compression in time.
 
-Frame i is encoded together with frame i-1 to its space latent S_i. A frame-block-causal transformer over the earlier space latents gives its time latent H_i, of the
-same shape, which knows S_1 .. S_{i-1} and not S_i. The decoder reads both: x_i = D(S_i, H_i). The rate is KL(q(S_i | x_i, x_{i-1}) || p(S_i | H_i)) with a
-learned prior p, so whatever H_i already knows is free and S_i pays for the rest alone: that is what makes H carry long history.
+Frame i is encoded together with frame i-1 to its space latent S_i. A frame-block-causal transformer over the earlier space latents
+gives its time latent H_i, of the same shape, which knows S_1 .. S_{i-1} and not S_i. The decoder reads both: x_i = D(S_i, H_i). The
+rate is KL(q(S_i | x_i, x_{i-1}) || p(S_i | H_i)) with a learned prior p, so whatever H_i already knows is free and S_i pays for the
+rest alone: that is what makes H carry long history.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-
 from tubelet.kernels import FrameCausal, VideoLayout, attention, modulated_norm, qk_norm_rope, rotary_table
 
 from .pretrained import PretrainedModule
@@ -47,7 +47,9 @@ class Latents(NamedTuple):
 
 @dataclass
 class StreamCache:
-    """What the next chunk of a stream needs of the earlier ones: the last frame, the last space latent, and the keys and values of the time transformer."""
+    """What the next chunk of a stream needs of the earlier ones: the last frame, the last space latent, and the keys and values of the
+    time transformer.
+    """
 
     frame: Tensor | None = None
     space: Tensor | None = None
@@ -96,16 +98,16 @@ class VideoVAE(PretrainedModule):
     def decode(self, space: Tensor, time: Tensor) -> Tensor:
         """Video (batch, 3, T, H, W) from both latents."""
         if space.shape != time.shape or space.dim() != 5 or space.shape[1] != self.config.latent_channels:
-            raise ValueError(
-                f"space, time: expected equal shapes (batch, {self.config.latent_channels}, T, h, w), got {tuple(space.shape)} and {tuple(time.shape)}"
-            )
+            expected = f"(batch, {self.config.latent_channels}, T, h, w)"
+            raise ValueError(f"space, time: expected equal shapes {expected}, got {tuple(space.shape)} and {tuple(time.shape)}")
         frames = self.decoder(rearrange(torch.cat((space, time), dim=1), "b c t h w -> (b t) c h w"))
         return rearrange(frames, "(b t) c h w -> b c t h w", b=space.shape[0])
 
     def decode_space(self, space: Tensor, cache: StreamCache | None = None, given: dict[int, Tensor] | None = None) -> Tensor:
         """Video from the space latents alone: the time latents are recomputed from them.
 
-        cache: as in `encode`, for a stream. given: frames (batch, 3, H, W) that are known, by index; what follows them is decoded as following the pictures given.
+        cache: as in `encode`, for a stream. given: frames (batch, 3, H, W) that are known, by index; what follows them is decoded as
+        following the pictures given.
         """
         if not given:
             return self.decode(space, self.time(space, cache))
@@ -138,7 +140,9 @@ class ChannelNorm(nn.Module):
 
 
 class Grow(nn.Module):
-    """Twice the sides: a 1 x 1 convolution, and its channels laid out as 2 x 2 pixels (kept channels-last, which nn.PixelShuffle does not)."""
+    """Twice the sides: a 1 x 1 convolution, and its channels laid out as 2 x 2 pixels (kept channels-last, which nn.PixelShuffle does
+    not).
+    """
 
     def __init__(self, channels: int, out_channels: int):
         super().__init__()
@@ -218,10 +222,11 @@ class Decoder(nn.Module):
 
 
 class TimeTransformer(nn.Module):
-    """H_i from S_1 .. S_{i-1}: a convolution shrinks each frame's grid, the sequence is shifted by a frame, attention is frame-causal, a transposed convolution brings
-    the grid back.
+    """H_i from S_1 .. S_{i-1}: a convolution shrinks each frame's grid, the sequence is shifted by a frame, attention is frame-causal,
+    a transposed convolution brings the grid back.
 
-    Time enters through rotary channels of short wavelength only; the other channels do not turn, so that attention reaches back beyond the trained length.
+    Time enters through rotary channels of short wavelength only; the other channels do not turn, so that attention reaches back beyond
+    the trained length.
     """
 
     stride = 2
@@ -268,7 +273,8 @@ class TimeTransformer(nn.Module):
 class TimeBlock(nn.Module):
     """Pre-norm attention over whole earlier frames, and an MLP."""
 
-    # Of 32 channels a head: 8 turn with time, wavelengths 6 to 18 frames; 8 each with height and width; the rest carry content over any distance.
+    # Of 32 channels a head: 8 turn with time, wavelengths 6 to 18 frames; 8 each with height and width; the rest carry content over
+    # any distance.
     thetas = (4.0, 100.0, 100.0)
 
     def __init__(self, width: int, heads: int, mask: FrameCausal):
@@ -282,9 +288,7 @@ class TimeBlock(nn.Module):
         self.out = nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
 
-    def forward(
-        self, x: Tensor, layout: VideoLayout, kv_layout: VideoLayout, batch: int, index: int, cache: StreamCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, layout: VideoLayout, kv_layout: VideoLayout, batch: int, index: int, cache: StreamCache | None) -> Tensor:
         qkv = self.qkv(modulated_norm(x, kind="layer", weight=self.norm1)).unflatten(-1, (3, self.heads, -1))
         cos, sin = rotary_table(layout.positions, self.rotary_dims, theta=self.thetas)
         q, k = qk_norm_rope(qkv[:, 0], qkv[:, 1], self.q_weight, self.k_weight, cos, sin)
@@ -292,9 +296,7 @@ class TimeBlock(nn.Module):
         if cache is not None:
             if len(cache.keys_values) > index:
                 past_k, past_v = cache.keys_values[index]
-                k, v = (
-                    torch.cat((past, new.unflatten(0, (batch, -1))), dim=1).flatten(0, 1) for past, new in ((past_k, k), (past_v, v))
-                )
+                k, v = (torch.cat((past, new.unflatten(0, (batch, -1))), dim=1).flatten(0, 1) for past, new in ((past_k, k), (past_v, v)))
                 cache.keys_values[index] = tuple(x.unflatten(0, (batch, -1)) for x in (k, v))
             else:
                 cache.keys_values.append(tuple(x.unflatten(0, (batch, -1)) for x in (k, v)))

@@ -1,4 +1,6 @@
-"""Clips, and reading and writing them through PyAV: MP4 (H.264), GIF, PNG, NumPy. Files are encoded in memory and then written whole or not at all."""
+"""Clips, and reading and writing them through PyAV: MP4 (H.264), GIF, PNG, NumPy. Files are encoded in memory and then written whole
+or not at all.
+"""
 
 import io
 import os
@@ -20,7 +22,9 @@ FORMATS = (".mp4", ".gif", ".png", ".npy")
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Frames, uint8 (T, H, W, 3) RGB on the CPU, at `fps` frames per second. `clip[-8:]` is a Clip, `clip[0]` an image; `a + b` plays one after the other."""
+    """Frames, uint8 (T, H, W, 3) RGB on the CPU, at `fps` frames per second. `clip[-8:]` is a Clip, `clip[0]` an image; `a + b` plays
+    one after the other.
+    """
 
     frames: Tensor
     fps: float = 8.0
@@ -79,7 +83,9 @@ class Clip:
 
     @classmethod
     def load(cls, path: str | Path) -> "Clip":
-        """Read a video, GIF or image file, or a folder of PNG frames. Raises FileNotFoundError, or ValueError for what cannot be decoded."""
+        """Read a video, GIF or image file, or a folder of PNG frames. Raises FileNotFoundError, or ValueError for what cannot be
+        decoded.
+        """
         path = Path(path)
         if path.is_dir():
             images = sorted(path.glob("*.png"))
@@ -95,9 +101,11 @@ class Clip:
         return cls(torch.from_numpy(np.stack(frames)), fps)
 
     def save(self, path: str | Path) -> None:
-        """Write to PATH.mp4, .gif, .npy, .png (a contact sheet if there is more than one frame), or, for a folder or a path that ends in "/", numbered PNG frames.
+        """Write to PATH.mp4, .gif, .npy, .png (a contact sheet if there is more than one frame), or, for a folder or a path that ends
+        in "/", numbered PNG frames.
 
-        Raises ValueError for another suffix, FileNotFoundError for a missing parent folder, OSError (naming the path) if writing fails; then nothing is changed.
+        Raises ValueError for another suffix, FileNotFoundError for a missing parent folder, OSError (naming the path) if writing
+        fails; then nothing is changed.
         """
         folder = str(path).endswith(("/", os.sep)) or Path(path).is_dir()
         path = Path(path)

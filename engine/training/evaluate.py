@@ -1,7 +1,8 @@
 """What a model can do, measured on clips and prompts that it was not trained on, read by the fixed oracle.
 
 - VAE: PSNR of held-out clips; what it costs to swap the time latents between clips; PSNR at four times the trained length.
-- prompts: whether the sampled clip shows the colour, the shape, the background and the direction that its prompt says, (colour, shape) pairs that were held out of training among them. The
+- prompts: whether the sampled clip shows the colour, the shape, the background and the direction that its prompt says, (colour, shape)
+pairs that were held out of training among them. The
   control scores the same clips against the prompts of others.
 - image to video: PSNR of the decoded first frame against the image given, and whether the rest still shows that thing.
 - drift: a video four times the trained length; what its last quarter still shows.
@@ -59,7 +60,9 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def vae_quality(vae: VideoVAE, config: EvalConfig, track: Track) -> dict[str, float]:
-    """Mean PSNR over clips of several sizes, decoded from both latents; with the time latents of another clip; and at four times the length."""
+    """Mean PSNR over clips of several sizes, decoded from both latents; with the time latents of another clip; and at four times the
+    length.
+    """
     world = ShapesWorld(seed=config.seed, split="test")
     sizes = ((config.height, config.width), (32, 48), (96, 64), (64, 96), (48, 48))
     plain, swapped, long = [], [], []
@@ -101,16 +104,16 @@ def prompt_faithfulness(engine: Engine, config: EvalConfig, track: Track) -> tup
 
 
 def image_to_video(engine: Engine, config: EvalConfig, track: Track) -> dict[str, float]:
-    """Sampled from the first frame of held-out clips and their captions: how the first frame comes out before the given one is put in its place, and what follows."""
+    """Sampled from the first frame of held-out clips and their captions: how the first frame comes out before the given one is put in
+    its place, and what follows.
+    """
     world = ShapesWorld(seed=config.seed, split="test")
     scenes = list(_scenes(config.clips // 2, config.seed + 1))
     decoded, next_frame, scores = [], [], []
     for i, scene in enumerate(track(scenes, "image to video")):
         sample = world.draw(i, config.frames, config.height, config.width, scene=scene)
         image = sample.frames[0]
-        clip = engine.sample(
-            scene.caption(), frames=config.frames, height=config.height, width=config.width, known={0: image}, seed=i
-        )
+        clip = engine.sample(scene.caption(), frames=config.frames, height=config.height, width=config.width, known={0: image}, seed=i)
         alone = engine.vae.encode_images(_video(engine.vae, image[None]))
         decoded.append(psnr(Clip.from_float(engine.vae.decode(alone.space, alone.time)[0].detach()).frames[0], image))
         next_frame.append(psnr(clip[1], image))
@@ -123,7 +126,9 @@ def image_to_video(engine: Engine, config: EvalConfig, track: Track) -> dict[str
 
 
 def drift(engine: Engine, config: EvalConfig, track: Track) -> dict[str, float]:
-    """Streams of four times the trained length of bouncing things: the share whose last quarter still shows the colour, shape and background."""
+    """Streams of four times the trained length of bouncing things: the share whose last quarter still shows the colour, shape and
+    background.
+    """
     frames = 4 * engine.config.trained_frames
     first, last = [], []
     for i, scene in enumerate(track(list(_scenes(config.streams, config.seed + 2, motion="bounce")), "drift")):
@@ -133,7 +138,11 @@ def drift(engine: Engine, config: EvalConfig, track: Track) -> dict[str, float]:
         quarter = frames // 4
         first.append(score(read(video[:quarter]), scene))
         last.append(score(read(video[-quarter:]), scene))
-    return {"frames": frames, **{f"first_quarter_{k}": v for k, v in _shares(first).items()}, **{f"last_quarter_{k}": v for k, v in _shares(last).items()}}
+    return {
+        "frames": frames,
+        **{f"first_quarter_{k}": v for k, v in _shares(first).items()},
+        **{f"last_quarter_{k}": v for k, v in _shares(last).items()},
+    }
 
 
 def _scenes(count: int, seed: int, motion: str | None = None) -> Iterator[Scene]:

@@ -2,8 +2,9 @@
 
     loss = log(sd) + kl_weight * KL(q(S|x) || p(S|H)) / values,   sd^2 the mean squared error of the step
 
-The first term is a Gaussian likelihood at its optimal variance (sigma-VAE, Rybkin et al. 2021): a nat of rate keeps its price as the pictures get better. The rate must
-cost something, else H is ignored. DropLoss (TECO): each step decodes a random share of the frames, while the time transformer sees all.
+The first term is a Gaussian likelihood at its optimal variance (sigma-VAE, Rybkin et al. 2021): a nat of rate keeps its price as the
+pictures get better. The rate must cost something, else H is ignored. DropLoss (TECO): each step decodes a random share of the frames,
+while the time transformer sees all.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
 """Stage two: the video transformer learns the velocity of the VAE's latents, given captions and known frames.
 
-Every step is a pack of clips of several sizes and lengths, images among them. About half of the clips have some known frames: these enter as the frame encoded alone, at
-timestep 0, and carry no loss. Captions are long or short, and sometimes empty, for classifier-free guidance.
+Every step is a pack of clips of several sizes and lengths, images among them. About half of the clips have some known frames: these
+enter as the frame encoded alone, at timestep 0, and carry no loss. Captions are long or short, and sometimes empty, for
+classifier-free guidance.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-
 from tubelet.kernels import VideoLayout, patchify
 
 from ..conditioning import random_known_mask
@@ -23,7 +23,9 @@ from .data import SizeSampler, World
 
 @dataclass(frozen=True)
 class StageTwoConfig:
-    """tokens: of a step's pack, in `groups` groups of clips of one size. A step encodes one new group and draws the others from the last `pool` groups."""
+    """tokens: of a step's pack, in `groups` groups of clips of one size. A step encodes one new group and draws the others from the
+    last `pool` groups.
+    """
 
     tokens: int = 2048
     groups: int = 3
@@ -53,10 +55,8 @@ class StageTwo(nn.Module):
         self.dit, self.text = dit, text.requires_grad_(train_text)
         self.vae = vae.requires_grad_(False).eval()
         if dit.config.channels not in (vae.config.latent_channels, 2 * vae.config.latent_channels):
-            raise ValueError(
-                f"dit: expected channels {vae.config.latent_channels} (space latents) or {2 * vae.config.latent_channels} (space and time), "
-                f"got {dit.config.channels}"
-            )
+            one = vae.config.latent_channels
+            raise ValueError(f"dit: expected channels {one} (space latents) or {2 * one} (space and time), got {dit.config.channels}")
         if dit.config.text_width != text.dim:
             raise ValueError(f"dit: expected text_width {text.dim} as the text encoder has, got {dit.config.text_width}")
         self.train_text, self.world, self.config = train_text, world, config
@@ -70,13 +70,18 @@ class StageTwo(nn.Module):
     def measure(self, groups: int = 24) -> None:
         """Set the transformer's normalisation of latents from the first groups.
 
-        A channel is scaled by the spread of posterior samples, not of means: one that carries little next to its own noise then weighs little in the loss.
+        A channel is scaled by the spread of posterior samples, not of means: one that carries little next to its own noise then weighs
+        little in the loss.
         """
         means, noise = [], []
         for i in range(groups):
             latents = self.vae.encode(self._video(i)[0])
             means.append(self._code(latents).float().transpose(0, 1).flatten(1))
-            noise.append(self._code(latents._replace(space=latents.space_logvar.exp(), time=torch.zeros_like(latents.time))).transpose(0, 1).flatten(1))
+            noise.append(
+                self._code(latents._replace(space=latents.space_logvar.exp(), time=torch.zeros_like(latents.time)))
+                .transpose(0, 1)
+                .flatten(1)
+            )
         means, noise = torch.cat(means, dim=1), torch.cat(noise, dim=1)
         self.dit.latent_mean.copy_(means.mean(dim=1))
         self.dit.latent_std.copy_((means.var(dim=1) + noise.mean(dim=1)).sqrt().clamp(min=1e-3))

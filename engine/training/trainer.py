@@ -1,7 +1,9 @@
 """The loop both stages share: AdamW, warm-up and cosine decay, a moving average of the weights, a log, checkpoints that a run resumes from.
 
-A run lives in a folder: `checkpoint.safetensors` (weights, their average, the optimiser's moments) and `state.json` (step, seconds), written whole or not at all, and
-`log.jsonl`, a line every few steps. Each step draws from generators seeded by (seed, step), so a resumed run sees the data it would have seen.
+A run lives in a folder: `checkpoint.safetensors` (weights, their average, the optimiser's moments) and `state.json` (step, seconds),
+written whole or not at all, and
+`log.jsonl`, a line every few steps. Each step draws from generators seeded by (seed, step), so a resumed run sees the data it would
+have seen.
 """
 
 import json
@@ -21,7 +23,9 @@ from ..pretrained import load_tensors, read_json, save_tensors, write_json
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How long and how to train. With `minutes` the run ends after that much time in all, and the learning rate decays with the time instead of with the steps."""
+    """How long and how to train. With `minutes` the run ends after that much time in all, and the learning rate decays with the time
+    instead of with the steps.
+    """
 
     steps: int = 10_000
     minutes: float | None = None
@@ -138,7 +142,9 @@ class Trainer:
         tensors = load_tensors(path)
         for name, p in self.parameters.items():
             if f"model.{name}" not in tensors or tensors[f"model.{name}"].shape != p.shape:
-                raise ValueError(f"{path}: {name!r} does not fit the model that is to be trained; use another folder or the same configuration")
+                raise ValueError(
+                    f"{path}: {name!r} does not fit the model that is to be trained; use another folder or the same configuration"
+                )
             with torch.no_grad():
                 p.copy_(tensors[f"model.{name}"])
                 self.average[name].copy_(tensors[f"average.{name}"])
