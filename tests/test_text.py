@@ -347,14 +347,14 @@ class TestErrors:
         assert TextEncoder.from_pretrained("someone/something").name == "someone/something"
 
     def test_not_a_name(self):
-        with pytest.raises(TypeError, match="name_or_folder must be a str or a Path, got a int"):
+        with pytest.raises(TypeError, match="text encoder: expected a folder or a hub id, got a int"):
             TextEncoder.from_pretrained(3)
 
     @pytest.mark.parametrize(("file", "named"), [("config.json", "config.json"), ("model.safetensors", "model.safetensors")])
     def test_missing_file(self, clip_folder, copy_of, file, named):
         folder = copy_of(clip_folder)
         (folder / file).unlink()
-        with pytest.raises(FileNotFoundError, match=f"{folder / named}: missing"):
+        with pytest.raises(FileNotFoundError, match=f"{folder / named}: (missing|no such file)"):
             TextEncoder.from_pretrained(folder)
 
     def test_missing_tokenizer(self, clip_folder, copy_of):

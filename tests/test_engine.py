@@ -1,0 +1,119 @@
+"""The whole way with a tiny random model: requests of any size in one pack, known frames, loops and streams."""
+
+import pytest
+import torch
+from tubelet.engine import Clip, DiTConfig, Engine, EngineConfig, Request, VAEConfig, VideoDiT, VideoVAE
+from tubelet.engine.text import build_clip
+from tubelet.engine.training.data import vocabulary_captions
+
+SIZE = {"height": 32, "width": 48, "steps": 2}
+
+
+@pytest.fixture(scope="module", params=["space", "both"])
+def engine(request, tmp_path_factory):
+    torch.manual_seed(0)
+    text = build_clip(vocabulary_captions(400), tmp_path_factory.mktemp("text"), dim=32, layers=1, heads=2, max_length=32)
+    vae = VideoVAE(VAEConfig(latent_channels=4, width=8, encoder_blocks=1, decoder_blocks=1, time_width=32, time_layers=1))
+    channels = 4 if request.param == "space" else 8
+    dit = VideoDiT(DiTConfig(channels=channels, width=32, heads=2, blocks=("factorised", "full"), text_width=32))
+    with torch.no_grad():  # outputs and gates start at zero: random ones, or every test would hold for a model that does nothing
+        for module in dit.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.normal_(std=0.1)
+    return Engine(text, dit, vae, EngineConfig(trained_frames=4))
+
+
+def psnr(a: Clip, b: Clip) -> float:
+    error = (a.frames.double() - b.frames.double()).square().mean()
+    return float(10 * torch.log10(255**2 / error)) if error else float("inf")
+
+
+def test_a_mixed_pack_gives_what_single_runs_give(engine):
+    image = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)
+    requests = [
+        Request("a red circle", 5, 32, 48, seed=1, guidance=3.0),
+        Request("a blue square moves left", 3, 48, 32, seed=2, guidance=1.0, known={-1: torch.zeros(48, 32, 3, dtype=torch.uint8)}),
+        Request("one frame", 1, 64, 32, seed=3, guidance=2.0),
+        Request("a green cross", 4, 32, 32, seed=4, guidance=5.0, known={0: image}),
+    ]
+    for request, packed in zip(requests, engine.sample(requests, steps=3), strict=True):
+        alone = engine.sample(request, steps=3)
+        assert packed.frames.shape == (request.frames, request.height, request.width, 3)
+        assert psnr(packed, alone) >= 50  # not to the bit: the library's matrix products choose by size
+
+
+def test_seeds(engine):
+    first, again, other = (engine.sample("x", frames=3, seed=seed, **SIZE) for seed in (0, 0, 1))
+    assert torch.equal(first.frames, again.frames) and not torch.equal(first.frames, other.frames)
+
+
+@pytest.mark.parametrize("time_latents", ["sampled", "recomputed"])
+def test_known_frames_come_out_as_they_went_in(engine, time_latents):
+    tuned = Engine(engine.text, engine.dit, engine.vae, EngineConfig(time_latents=time_latents))
+    clip = Clip(torch.randint(0, 256, (3, 32, 48, 3), dtype=torch.uint8))
+    first = tuned.sample("x", frames=5, known={0: clip[0]}, **SIZE)
+    assert torch.equal(first.frames[0], clip[0])
+    forward = tuned.sample("x", frames=5, known=clip, **SIZE)
+    assert torch.equal(forward.frames[:3], clip.frames)
+    backward = tuned.sample("x", frames=5, known=clip, extend="backward", **SIZE)
+    assert torch.equal(backward.frames[2:], clip.frames)
+    between = tuned.sample("x", frames=5, known={0: clip[0], -1: clip[1]}, **SIZE)
+    assert torch.equal(between.frames[0], clip[0]) and torch.equal(between.frames[-1], clip[1])
+    # What is known matters to what is made, before it and after it.
+    assert not torch.equal(backward.frames[0], tuned.sample("x", frames=5, **SIZE).frames[0])
+
+
+def test_loop_and_stream(engine):
+    loop = engine.sample("x", frames=4, loop=True, **SIZE)
+    assert len(loop) == 4
+    chunks = list(engine.stream("x", 9, chunk=4, overlap=2, **SIZE))
+    assert [len(chunk) for chunk in chunks] == [4, 2, 2, 1]
+
+
+def test_progress_and_unguided(engine):
+    seen = []
+    engine.sample("x", frames=2, guidance=1.0, progress=lambda done, of: seen.append((done, of)), **SIZE)
+    assert seen == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prompt": "  "}, "prompt"),
+        ({"frames": 0}, "frames"),
+        ({"height": 40}, "height.*multiple of 16.*got 40"),
+        ({"width": 0}, "width"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"solver": "magic"}, "solver"),
+        ({"steps": -1}, "steps"),
+        ({"seed": -1}, "seed"),
+        ({"known": {7: torch.zeros(32, 48, 3, dtype=torch.uint8)}}, r"known\[7\]"),
+        ({"known": {0: torch.zeros(8, 8, 3, dtype=torch.uint8)}}, r"known\[0\]"),
+        ({"loop": True, "frames": 1}, "frames.*loop"),
+    ],
+)
+def test_bad_input_is_named(engine, arguments, words):
+    arguments = {"prompt": "x", "frames": 3, **SIZE, **arguments}
+    with pytest.raises(ValueError, match=words):
+        engine.sample(arguments.pop("prompt"), **arguments)
+
+
+def test_a_saved_model_samples_the_same(engine, tmp_path):
+    engine.save_pretrained(tmp_path / "model")
+    loaded = Engine.from_pretrained(tmp_path / "model", device="cpu")
+    a, b = (e.sample("a red circle", frames=2, **SIZE) for e in (engine, loaded))
+    assert torch.equal(a.frames, b.frames)
+
+
+def test_broken_models_are_named(engine, tmp_path):
+    engine.save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "dit" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"dit/model\.safetensors"):
+        Engine.from_pretrained(tmp_path / "model", device="cpu")
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"dit/model\.safetensors"):
+        Engine.from_pretrained(tmp_path / "model", device="cpu")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        Engine.from_pretrained(tmp_path / "nothing")
