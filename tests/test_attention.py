@@ -342,7 +342,7 @@ def alone(pack, i):
 
 
 def check_alone(implementation, pack, mask, qkv, lengths=None, backwards=True):
-    """Each clip gives alone, to the bit, what it gives in the pack; backwards too."""
+    """Each clip gives alone, to the bit, what it gives in the pack; backwards too, within rounding."""
     layout = VideoLayout.pack(**pack)
     text = None if lengths is None else VideoLayout.segments(lengths)
     direction = randn(*qkv[0].shape, seed=9)
@@ -370,7 +370,8 @@ def check_alone(implementation, pack, mask, qkv, lengths=None, backwards=True):
             single.backward(direction[rows])
         for part, all_of_it, here in zip(one, whole, (rows, kv_rows, kv_rows), strict=True):
             grad = torch.zeros_like(part) if part.grad is None else part.grad
-            assert torch.equal(grad, all_of_it.grad[here]), f"a gradient of clip {i} of {layout!r}"
+            # Within rounding: with several threads the library adds the gradients of a shared key in no fixed order.
+            torch.testing.assert_close(grad, all_of_it.grad[here], atol=1e-5, rtol=1e-5, msg=f"a gradient of clip {i} of {layout!r}")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -21,7 +21,13 @@ MAY_IMPORT = {"kernels": set(), "engine": {"kernels"}, "bench": {"kernels", "eng
 MODULES = sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py"))
 PACKAGES = sorted("tubelet." + ".".join(path.parent.relative_to(ROOT).parts) for path in MODULES if path.name == "__init__.py")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DATA = ("kernels/tuned/a.json", "engine/assets/a.png", "engine/assets/model/a.json", "engine/assets/model/text/a.txt", "bench/results/a.json")
+DATA = (
+    "kernels/tuned/a.json",
+    "engine/assets/a.png",
+    "engine/assets/model/a.json",
+    "engine/assets/model/text/a.txt",
+    "bench/results/a.json",
+)
 
 
 def imports(path: Path) -> set[str]:
