@@ -34,6 +34,8 @@ LAYOUTS = {
     "text last": {"grids": [(5, 2, 3), (1, 3, 3), (2, 2, 2)], "text": [3, 0, 17]},
     "text first": {"grids": [(5, 2, 3), (1, 3, 3), (2, 2, 2)], "text": [3, 0, 17], "text_first": True},
     "known": {"grids": [(17, 1, 3), (6, 2, 2), (1, 2, 2)], "known": [EVERY_THIRD[:17], [False] * 5 + [True], [True]]},
+    # Frames of the second clip share keys in the order 1, 2, 3 of their number; those of the first meet 3 before 2.
+    "known first": {"grids": [(3, 1, 1), (3, 1, 1), (1, 1, 1)], "known": [[False, False, True], None, None]},
     "known and text": {"grids": [(6, 2, 2), (4, 2, 2)], "known": [[True] * 6, [False, True, False, True]], "text": [2, 5]},
     "later frames": {"grids": [(5, 2, 2), (3, 2, 1)], "first_frames": [3, 40]},
     "capacity": {"grids": [(5, 2, 3), (2, 2, 2)], "text": [1, 4], "capacity": Capacity(clips=4, frames=9, tokens=60)},
