@@ -66,12 +66,13 @@ def sample(
     """Make a video from a prompt."""
     from .conditioning import extend_backward, extend_forward
     from .engine import Engine
-    from .video import FORMATS, Clip, fit, load_image
+    from .video import FORMATS, Clip, check_parent, fit, load_image
 
     if not prompt.strip():
         raise ValueError("prompt: expected a description of the video, got an empty one")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: cannot be written: there is no folder {out.parent}")
+    for path in (out, save_frames):
+        if path is not None:
+            check_parent(path)
     if out.suffix.lower() not in FORMATS and not out.is_dir() and out.suffix:
         raise ValueError(f"--out: expected a name that ends in {', '.join(FORMATS)}, or a folder, got {out}")
     if video is not None and (image is not None or last_image is not None or loop):
@@ -199,7 +200,7 @@ def train_dit(
     latents: Annotated[str, typer.Option(help="What is diffused: 'space' latents (time latents follow from them), or 'both'.")] = "space",
     steps: Steps = 50_000,
     minutes: Minutes = None,
-    learning_rate: Rate = 1e-3,
+    learning_rate: Rate = 2e-3,
     tokens: Annotated[int, typer.Option(help="Tokens of a step's pack.")] = 2048,
     longest_clip: LongestClip = 16,
     precision: Precision = "bf16",
@@ -231,7 +232,8 @@ def train_dit(
     config = DiTConfig(channels, width=width, heads=heads, blocks=("factorised",) * blocks, text_width=encoder.dim)
     dit = VideoDiT(config).to(where)
     stage = StageTwo(dit, encoder, first, world, StageTwoConfig(tokens, longest_clip=longest_clip, seed=seed), train_text=text is None)
-    trainer = Trainer(stage, out, TrainerConfig(steps, minutes, learning_rate, precision=precision, seed=seed))
+    hidden = [layer.weight for layer in dit.blocks.modules() if isinstance(layer, torch.nn.Linear)]
+    trainer = Trainer(stage, out, TrainerConfig(steps, minutes, learning_rate, precision=precision, seed=seed), hidden)
     stage.measure()
     trainer.run(stage.loss, "dit")
     with trainer.averaged():
@@ -253,8 +255,11 @@ def evaluate(
     from .engine import Engine
     from .pretrained import write_whole
     from .training.evaluate import EvalConfig, evaluate
-    from .video import contact_sheet, save_png
+    from .video import check_parent, contact_sheet, save_png
 
+    for path in (out, sheet):
+        if path is not None:
+            check_parent(path)
     engine = Engine.from_pretrained(model, device=device)
     config = EvalConfig(prompts=prompts, clips=max(2, min(40, prompts)), streams=max(1, min(6, prompts // 10)), seed=seed)
     results, clips = evaluate(engine, config, lambda items, name: track(items, name, console=console))

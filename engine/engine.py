@@ -120,7 +120,9 @@ class Engine:
         Returns a Clip, or a list of them for a list. Known frames come out as they went in. Raises ValueError or TypeError for a bad
         request.
         """
-        steps, solver, shift = steps or self.config.steps, solver or self.config.solver, shift or self.config.shift
+        steps = self.config.steps if steps is None else steps
+        solver = self.config.solver if solver is None else solver
+        shift = self.config.shift if shift is None else shift
         if solver not in SOLVERS:
             raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
         schedule = plan(solver, steps, shift)

@@ -33,7 +33,8 @@ class Clip:
 
     def __post_init__(self):
         if not isinstance(self.frames, Tensor) or self.frames.dtype != torch.uint8:
-            raise TypeError(f"frames: expected a uint8 tensor, got {getattr(self.frames, 'dtype', type(self.frames).__name__)}")
+            what = self.frames.dtype if isinstance(self.frames, Tensor) else type(self.frames).__name__
+            raise TypeError(f"frames: expected a uint8 tensor, got {what}")
         if self.frames.dim() != 4 or self.frames.shape[-1] != 3 or 0 in self.frames.shape:
             raise ValueError(f"frames: expected (T, H, W, 3) with none of them 0, got {tuple(self.frames.shape)}")
         if not 0 < self.fps < float("inf"):
@@ -101,15 +102,14 @@ class Clip:
         return cls(torch.from_numpy(np.stack(frames)), fps)
 
     def save(self, path: str | Path) -> None:
-        """Write to PATH.mp4, .gif, .npy, .png (a contact sheet if there is more than one frame), or, for a folder or a path that ends
-        in "/", numbered PNG frames.
+        """Write to PATH.mp4, .gif, .npy, .png (a contact sheet if there is more than one frame), or, for a folder or a path without a
+        suffix, numbered PNG frames.
 
         Raises ValueError for another suffix, FileNotFoundError for a missing parent folder, OSError (naming the path) if writing
         fails; then nothing is changed.
         """
-        folder = str(path).endswith(("/", os.sep)) or Path(path).is_dir()
         path = Path(path)
-        if folder:
+        if path.is_dir() or not path.suffix:
             self.save_frames(path)
         elif path.suffix.lower() not in FORMATS:
             raise ValueError(f"{path}: expected a name that ends in {', '.join(FORMATS)}, or a folder")
@@ -128,7 +128,7 @@ class Clip:
         """Write numbered PNG frames to a folder, which is made if it is missing: all of them, or none."""
         folder = Path(folder)
         images = [encode_png(frame) for frame in self.frames]
-        _check_parent(folder)
+        check_parent(folder)
         made = not folder.exists()
         folder.mkdir(exist_ok=True)
         written = []
@@ -226,7 +226,7 @@ def encode_png(image: Tensor) -> bytes:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write whole or not at all: to a new file beside it, which then takes its name. Raises OSError naming the path."""
-    _check_parent(path)
+    check_parent(path)
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
@@ -244,7 +244,8 @@ def write_file(path: Path, data: bytes) -> None:
         Path(name).unlink(missing_ok=True)
 
 
-def _check_parent(path: Path) -> None:
+def check_parent(path: Path) -> None:
+    """Raise FileNotFoundError if there is no folder to write `path` in."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: cannot be written: there is no folder {path.parent}")
 

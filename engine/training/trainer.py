@@ -1,15 +1,15 @@
-"""The loop both stages share: AdamW, warm-up and cosine decay, a moving average of the weights, a log, checkpoints that a run resumes from.
+"""The loop both stages share: Muon and AdamW, warm-up and cosine decay, a moving average of the weights, a log, checkpoints that a run
+resumes from.
 
-A run lives in a folder: `checkpoint.safetensors` (weights, their average, the optimiser's moments) and `state.json` (step, seconds),
-written whole or not at all, and
-`log.jsonl`, a line every few steps. Each step draws from generators seeded by (seed, step), so a resumed run sees the data it would
-have seen.
+A run lives in a folder: `checkpoint.safetensors` (weights, their average, the optimisers' moments) and `state.json` (step, seconds),
+written whole or not at all, and `log.jsonl`, a line every few steps. Each step draws from generators seeded by (seed, step), so a resumed
+run sees the data it would have seen.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from ..pretrained import load_tensors, read_json, save_tensors, write_json
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+"""What the optimisers remember of each parameter: AdamW the first two, Muon the last."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +54,28 @@ class TrainerConfig:
 
 
 class Trainer:
-    """Trains `model` in `folder`; resumes where a run in that folder stopped."""
+    """Trains `model` in `folder`; resumes where a run in that folder stopped.
 
-    def __init__(self, model: nn.Module, folder: str | Path, config: TrainerConfig):
+    `hidden` are the matrices between hidden features: their updates are orthogonalised (Muon, Jordan et al. 2024, scaled to AdamW's
+    root mean square as in Liu et al. 2025, "Muon is scalable for LLM training", so that one learning rate serves both). All other
+    parameters take AdamW (Loshchilov & Hutter 2019).
+    """
+
+    def __init__(self, model: nn.Module, folder: str | Path, config: TrainerConfig, hidden: Iterable[Tensor] = ()):
         self.model, self.config, self.folder = model, config, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for p in self.parameters.values() if p.dim() > 1]
-        vectors = [p for p in self.parameters.values() if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+        hidden = list(hidden)
+        orthogonal = {id(p) for p in hidden}
+        others = [p for p in self.parameters.values() if id(p) not in orthogonal]
+        groups = [
+            {"params": [p for p in others if p.dim() > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.optimisers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)]
+        if hidden:
+            muon = torch.optim.Muon(hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.optimisers.append(muon)
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.step, self.seconds = 0, 0.0
         if (self.folder / "state.json").is_file():
@@ -80,7 +95,7 @@ class Trainer:
             while self.progress < 1:
                 rate = self.config.learning_rate * min(1, (self.step + 1) / self.config.warmup)
                 rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress))
-                for group in self.optimiser.param_groups:
+                for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
                     group["lr"] = rate
                 device = next(iter(self.parameters.values())).device.type
                 with torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -88,8 +103,9 @@ class Trainer:
                 terms["loss"].backward()
                 terms["gradient"] = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip_norm)
                 if torch.isfinite(terms["gradient"]):
-                    self.optimiser.step()
-                self.optimiser.zero_grad(set_to_none=True)
+                    for optimiser in self.optimisers:
+                        optimiser.step()
+                self.model.zero_grad(set_to_none=True)
                 self._update_average()
                 self.step, self.seconds, counted = self.step + 1, time.monotonic() - begun, counted + 1
                 sums = {name: sums.get(name, 0.0) + float(value.detach()) for name, value in terms.items()}
@@ -128,9 +144,9 @@ class Trainer:
         tensors = {}
         for name, p in self.parameters.items():
             tensors[f"model.{name}"], tensors[f"average.{name}"] = p, self.average[name]
-            for moment in ("exp_avg", "exp_avg_sq"):
-                if p in self.optimiser.state:
-                    tensors[f"{moment}.{name}"] = self.optimiser.state[p][moment]
+            for optimiser in self.optimisers:
+                moments = optimiser.state.get(p, {})
+                tensors |= {f"{moment}.{name}": moments[moment] for moment in MOMENTS if moment in moments}
         tensors["step"] = torch.tensor(self.step)
         tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
         save_tensors(self.folder / "checkpoint.safetensors", tensors)
@@ -148,9 +164,10 @@ class Trainer:
             with torch.no_grad():
                 p.copy_(tensors[f"model.{name}"])
                 self.average[name].copy_(tensors[f"average.{name}"])
-            if f"exp_avg.{name}" in tensors:
-                moments = {moment: tensors[f"{moment}.{name}"].to(p.device) for moment in ("exp_avg", "exp_avg_sq")}
-                self.optimiser.state[p] = {"step": tensors["step"].float().clone(), **moments}
+            moments = {moment: tensors[f"{moment}.{name}"].to(p.device) for moment in MOMENTS if f"{moment}.{name}" in tensors}
+            if moments:
+                optimiser = next(o for o in self.optimisers if any(p is q for group in o.param_groups for q in group["params"]))
+                optimiser.state[p] = moments | ({"step": tensors["step"].float().clone()} if "exp_avg" in moments else {})
         self.step, self.seconds = int(tensors["step"]), float(tensors["seconds"])
 
     def _log(self, line: dict) -> None:

@@ -1,0 +1,154 @@
+"""Both training stages: a stopped run goes on as if it had not been, known frames carry no loss, a few steps teach something."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tubelet.engine import DiTConfig, VAEConfig, VideoDiT, VideoVAE
+from tubelet.engine.pretrained import load_tensors
+from tubelet.engine.text import build_clip
+from tubelet.engine.training.data import Mixture, PanWorld, ShapesWorld, vocabulary_captions
+from tubelet.engine.training.stage_one import StageOne, StageOneConfig
+from tubelet.engine.training.stage_two import StageTwo, StageTwoConfig
+from tubelet.engine.training.trainer import Trainer, TrainerConfig
+
+TINY_VAE = VAEConfig(latent_channels=4, width=8, encoder_blocks=1, decoder_blocks=1, time_width=32, time_layers=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("text")
+
+
+def stage_one(seed=0) -> tuple[VideoVAE, StageOne]:
+    torch.manual_seed(seed)
+    vae = VideoVAE(TINY_VAE)
+    return vae, StageOne(vae, Mixture([(ShapesWorld(), 0.7), (PanWorld(), 0.3)]), StageOneConfig(frame_tokens=64, longest_clip=4))
+
+
+def stage_two(folder, channels=4, train_text=True, **options) -> StageTwo:
+    torch.manual_seed(0)
+    text = build_clip(vocabulary_captions(400), folder, dim=32, layers=1, heads=2, max_length=48)
+    dit = VideoDiT(DiTConfig(channels=channels, width=32, heads=2, blocks=("factorised",), text_width=32))
+    options = {"tokens": 128, "groups": 2, "pool": 8, "longest_clip": 4} | options
+    return StageTwo(dit, text, VideoVAE(TINY_VAE), ShapesWorld(), StageTwoConfig(**options), train_text=train_text)
+
+
+def hidden(stage: StageTwo):
+    return [layer.weight for layer in stage.dit.blocks.modules() if isinstance(layer, torch.nn.Linear)]
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(folder, tmp_path):
+    def train(where, steps, until):
+        stage = stage_two(folder, pool=1)
+        trainer = Trainer(stage, where, TrainerConfig(steps=until, warmup=2, log_every=1, save_every=1), hidden(stage))
+        stage.measure(2)
+
+        def loss(step):
+            if step == steps:
+                raise KeyboardInterrupt
+            return stage.loss(step)
+
+        if steps < until:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.run(loss, "test")
+        else:
+            trainer.run(stage.loss, "test")
+        return load_tensors(where / "checkpoint.safetensors")
+
+    whole = train(tmp_path / "whole", 6, 6)
+    train(tmp_path / "parts", 3, 6)
+    parts = train(tmp_path / "parts", 6, 6)
+    assert int(whole["step"]) == int(parts["step"]) == 6 and set(whole) == set(parts)
+    assert any(name.startswith("momentum_buffer.") for name in whole) and any(name.startswith("exp_avg_sq.") for name in whole)
+    for name in set(whole) - {"seconds"}:
+        assert torch.allclose(whole[name].double(), parts[name].double(), rtol=1e-4, atol=1e-6), name
+    assert [line["step"] for line in log(tmp_path / "parts")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stage_one_learns(tmp_path, precision):
+    vae, stage = stage_one()
+    Trainer(vae, tmp_path, TrainerConfig(steps=60, warmup=5, learning_rate=4e-3, log_every=10, precision=precision)).run(stage.loss, "vae")
+    first, *_, last = log(tmp_path)
+    assert last["loss"] < first["loss"] - 0.1 and last["psnr"] > first["psnr"] + 2
+    assert all(np.isfinite(value) for line in log(tmp_path) for value in line.values())
+
+
+@pytest.mark.parametrize("channels", [4, 8])
+def test_stage_two_learns(folder, tmp_path, channels):
+    stage = stage_two(folder, channels)
+    trainer = Trainer(stage, tmp_path, TrainerConfig(steps=60, warmup=5, learning_rate=4e-3, log_every=10), hidden(stage))
+    stage.measure(4)
+    trainer.run(stage.loss, "dit")
+    first, *_, last = log(tmp_path)
+    assert last["loss"] < 0.8 * first["loss"]
+
+
+def test_what_is_fixed_stays_and_what_is_trained_moves(folder, tmp_path):
+    stage = stage_two(folder, train_text=False)
+    before = {name: tensor.clone() for name, tensor in stage.state_dict().items()}
+    trainer = Trainer(stage, tmp_path, TrainerConfig(steps=3, warmup=1), hidden(stage))
+    trainer.run(stage.loss, "dit")
+    moved = {name.split(".")[0] for name, tensor in stage.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"dit"}
+    with trainer.averaged():
+        assert all(torch.equal(p, trainer.average[name]) for name, p in trainer.parameters.items())
+    assert not all(torch.equal(p, trainer.average[name]) for name, p in trainer.parameters.items())
+
+
+def test_known_frames_carry_no_loss(folder, monkeypatch):
+    """With all frames but one known, the loss is the error of that frame alone, and the noise of known frames changes nothing."""
+    from tubelet.engine.training import stage_two as module
+
+    stage = stage_two(folder, images=0.0, empty_captions=0.0)
+    with torch.no_grad():
+        stage.dit.out.weight.normal_()
+    monkeypatch.setattr(module, "random_known_mask", lambda frames, _: torch.arange(frames) != 1)
+    seen = {}
+    whole = stage.dit.forward
+    stage.dit.forward = lambda tokens, times, *rest: (
+        seen.setdefault("out", whole(tokens, times, *rest)) if not seen.update(tokens=tokens, times=times, layout=rest[1]) else None
+    )
+    loss = stage.loss(0)["loss"]
+    known = seen["layout"].coordinates.known
+    assert known.any() and not known.all()
+    assert not seen["times"][seen["layout"].frame_known].any() and seen["times"][~seen["layout"].frame_known].all()
+    given = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, seen["out"])]).view_as(seen["out"])
+    assert not given[known].any() and given[~known].abs().amin(dim=1).gt(0).all()
+
+
+def test_steps_do_not_repeat_and_are_fixed_by_the_seed(folder):
+    a, b = (stage_two(folder, pool=1) for _ in range(2))
+    losses = [float(a.loss(step)["loss"].detach()) for step in range(3)]
+    assert losses == [float(b.loss(step)["loss"].detach()) for step in range(3)] and len(set(losses)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 0}, "steps: expected a number above 0, got 0"),
+        ({"minutes": -1.0}, "minutes: expected a number above 0, got -1"),
+        ({"precision": "fp8"}, "precision: expected 'bf16' or 'fp32', got 'fp8'"),
+    ],
+)
+def test_bad_settings_are_named(options, words):
+    with pytest.raises(ValueError, match=words):
+        TrainerConfig(**options)
+
+
+def test_a_run_of_another_model_is_named(folder, tmp_path):
+    vae, stage = stage_one()
+    Trainer(vae, tmp_path, TrainerConfig(steps=1)).run(stage.loss, "vae")
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors: '.*' does not fit the model that is to be trained"):
+        Trainer(stage_two(folder), tmp_path, TrainerConfig(steps=2))
+
+
+def test_parts_that_do_not_fit_are_named(folder):
+    with pytest.raises(ValueError, match=r"dit: expected channels 4 .* or 8 .*, got 6"):
+        stage_two(folder, channels=6)
