@@ -162,8 +162,13 @@ def train_vae(
     steps: Steps = 20_000,
     minutes: Minutes = None,
     learning_rate: Rate = 2e-3,
-    kl_weight: Annotated[float, typer.Option(help="The price of a nat of rate.")] = 5.0,
+    kl_weight: Annotated[
+        float, typer.Option(help="The price of a nat of rate: a high one makes the time latents carry what they can.")
+    ] = 60.0,
+    kl_warmup: Annotated[int, typer.Option(help="Steps over which the price rises from 0.")] = 2000,
     tokens: Annotated[int, typer.Option(help="Size of a step, in frames of 16x16 pixels.")] = 512,
+    start: Annotated[Path | None, typer.Option(help="The folder of a VAE to start from, in place of random weights.")] = None,
+    decoder_only: Annotated[bool, typer.Option(help="Train the decoder of --start alone; its latents stay as they are.")] = False,
     longest_clip: LongestClip = 16,
     precision: Precision = "bf16",
     seed: Seed = 0,
@@ -175,15 +180,18 @@ def train_vae(
     from .training.trainer import Trainer, TrainerConfig
     from .vae import VAEConfig, VideoVAE
 
+    if decoder_only and start is None:
+        raise ValueError("--decoder-only: needs a VAE to --start from")
     torch.manual_seed(seed)
-    vae = VideoVAE(VAEConfig()).to(pick_device(device))
-    stage = StageOne(vae, _world(data, seed, pans=0.25), StageOneConfig(tokens, longest_clip, kl_weight, seed=seed))
+    vae = (VideoVAE(VAEConfig()) if start is None else VideoVAE.from_pretrained(start)).to(pick_device(device)).train()
+    config = StageOneConfig(tokens, longest_clip, kl_weight, kl_warmup, decoder_only=decoder_only, seed=seed)
+    stage = StageOne(vae, _world(data, seed, pans=0.25), config)
     config = TrainerConfig(steps, minutes, learning_rate, warmup=100, precision=precision, seed=seed)
     trainer = Trainer(vae, out, config)
     trainer.run(stage.loss, "vae")
     with trainer.averaged():
         vae.save_pretrained(out / "vae")
-    console.print(f"{out / 'vae'}: the VAE after {trainer.step} steps", highlight=False, soft_wrap=True)
+    _trained(out, f"{out / 'vae'}: the VAE after {trainer.step} steps")
 
 
 @train.command("dit")
@@ -202,7 +210,9 @@ def train_dit(
     minutes: Minutes = None,
     learning_rate: Rate = 2e-3,
     tokens: Annotated[int, typer.Option(help="Tokens of a step's pack.")] = 2048,
+    shift: Annotated[float, typer.Option(help="Shift of the noise levels: the higher, the more often near pure noise.")] = 6.0,
     longest_clip: LongestClip = 16,
+    images: Annotated[float, typer.Option(help="Share of images; many at first teach appearance faster.")] = 0.2,
     precision: Precision = "bf16",
     seed: Seed = 0,
     device: Device = None,
@@ -231,15 +241,17 @@ def train_dit(
     channels = first.config.latent_channels * (2 if latents == "both" else 1)
     config = DiTConfig(channels, width=width, heads=heads, blocks=("factorised",) * blocks, text_width=encoder.dim)
     dit = VideoDiT(config).to(where)
-    stage = StageTwo(dit, encoder, first, world, StageTwoConfig(tokens, longest_clip=longest_clip, seed=seed), train_text=text is None)
+    config = StageTwoConfig(tokens, longest_clip=longest_clip, images=images, shift=shift, seed=seed)
+    stage = StageTwo(dit, encoder, first, world, config, train_text=text is None)
     hidden = [layer.weight for layer in dit.blocks.modules() if isinstance(layer, torch.nn.Linear)]
     trainer = Trainer(stage, out, TrainerConfig(steps, minutes, learning_rate, precision=precision, seed=seed), hidden)
-    stage.measure()
+    if trainer.step == 0:
+        stage.measure()
     trainer.run(stage.loss, "dit")
     with trainer.averaged():
         engine = Engine(encoder, dit, first, EngineConfig(trained_frames=longest_clip))
         engine.save_pretrained(out / "model", torch.float16)
-    console.print(f"{out / 'model'}: the model after {trainer.step} steps", highlight=False, soft_wrap=True)
+    _trained(out, f"{out / 'model'}: the model after {trainer.step} steps")
 
 
 @app.command("eval")
@@ -286,6 +298,16 @@ def _size(size: str | None, picture: torch.Tensor | None, multiple: int, longest
         return 64, 64
     scale = min(1.0, longest / max(picture.shape[:2]))
     return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in picture.shape[:2])
+
+
+def _trained(run: Path, message: str) -> None:
+    from .training.plot import plot_log
+
+    console.print(message, highlight=False, soft_wrap=True)
+    try:
+        console.print(f"{plot_log(run)}: its course", highlight=False, soft_wrap=True)
+    except ImportError:
+        console.print("install tubelet[train] for a plot of its course")
 
 
 def _world(data: list[Path] | None, seed: int, pans: float):

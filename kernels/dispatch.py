@@ -8,6 +8,8 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton", "gluon")
 
 
@@ -23,7 +25,10 @@ _record: dict[str, dict[str, Engagement]] = {}
 
 
 def engaged() -> dict[str, dict[str, Engagement]]:
-    """op -> implementation -> Engagement, since the start or the last `reset_engaged()`; a copy, which later calls do not change."""
+    """op -> implementation -> Engagement, since the start or the last `reset_engaged()`; a copy, which later calls do not change.
+
+    Calls inside a graph of torch.compile are not counted: a count is a value that changes, and would compile the graph anew at each call.
+    """
     return copy.deepcopy(_record)
 
 
@@ -44,6 +49,8 @@ def select(op: str, requested: str, available: Mapping[str, Callable], unavailab
         if name in unavailable:
             raise ValueError(f"implementation: {op} cannot run as {name!r}: {unavailable[name]}")
         raise ValueError(f"implementation: expected one of {', '.join(('auto', *available))} for {op}, got {requested!r}")
+    if torch.compiler.is_compiling():
+        return available[name]
     engagement = _record.setdefault(op, {}).setdefault(name, Engagement())
     engagement.calls += 1
     if requested == "auto":

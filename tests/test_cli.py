@@ -96,7 +96,7 @@ def test_train_both_stages_then_sample_and_measure(tubelet, tmp_path):
     code, said = tubelet("train", "dit", "--vae", "one/vae", "-o", "two", "--steps", 2, *small)
     assert code == 0, said
     code, said = tubelet("train", "dit", "--vae", "one/vae", "-o", "two", "--steps", 3, *small)
-    assert code == 0 and "after 3 steps" in said
+    assert code == 0 and "after 3 steps" in said and (tmp_path / "two" / "log.png").is_file()
     assert tubelet("sample", "x", "--model", "two/model", "-o", "a.npy", "--frames", 2, "--size", "32x32", "--steps", 1)[0] == 0
     code, said = tubelet("eval", "--model", "two/model", "--prompts", 2, "-o", "figures.json", "--sheet", "sheet.png")
     assert code == 0, said
@@ -140,6 +140,8 @@ def break_weights(folder):
         (("train", "vae", "-o", "run", "--steps", "0"), "steps: expected a number above 0, got 0"),
         (("train", "vae", "-o", "run", "--precision", "int1"), "precision: expected 'bf16' or 'fp32'"),
         (("train", "vae", "-o", "run", "--data", "nowhere"), "folder nowhere does not exist"),
+        (("train", "vae", "-o", "run", "--decoder-only"), "--decoder-only: needs a VAE to --start from"),
+        (("train", "vae", "-o", "run", "--start", "nowhere"), "nowhere: no such folder"),
         (("train", "dit", "--vae", "nowhere", "-o", "run"), "nowhere: no such folder"),
         (("train", "dit", "--vae", "nowhere", "-o", "run", "--latents", "none"), "--latents: expected 'both' or 'space', got 'none'"),
     ],

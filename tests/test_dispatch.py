@@ -8,6 +8,7 @@ import torch
 from tubelet.kernels import (
     Engagement,
     Full,
+    Modulation,
     VideoLayout,
     attention,
     engaged,
@@ -80,6 +81,24 @@ def test_the_record_is_a_copy():
     assert before["attention"]["torch"].calls == 1 and engaged()["attention"]["torch"].calls == 2
     before["attention"].clear()
     assert engaged()["attention"]["torch"].calls == 2
+
+
+def test_a_compiled_graph_is_compiled_once():
+    """Neither the record nor another number of tokens compiles the elementwise ops anew."""
+    from torch._dynamo.testing import CompileCounter
+
+    def block(x, y, table, rows):
+        x, h = gated_residual(x, y, table, rows, norm=Modulation(table, table))
+        h = h.unflatten(1, (2, -1))
+        return x, qk_norm_rope(h, h)
+
+    counter = CompileCounter()
+    compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=True)
+    for tokens in (5, 6, 7, 8):
+        x, rows = torch.randn(tokens, 16), torch.arange(tokens) % 3
+        block(x, x, torch.randn(3, 16), rows)  # counted, between the calls of the graph
+        compiled(x, x, torch.randn(3, 16), rows)
+    assert counter.frame_count == 1
 
 
 def test_auto_takes_the_first_that_is_available():

@@ -19,13 +19,16 @@ from .data import SizeSampler, World
 
 @dataclass(frozen=True)
 class StageOneConfig:
-    """frame_tokens: the size of a step in frames of 16 x 16 pixels. kl_weight is reached linearly over the first kl_warmup steps."""
+    """frame_tokens: the size of a step in frames of 16 x 16 pixels. kl_weight is reached linearly over the first kl_warmup steps.
+    decoder_only: the latents stay as they are, so that a transformer that knows them stays valid.
+    """
 
     frame_tokens: int = 1536
     longest_clip: int = 16
     kl_weight: float = 1.0
     kl_warmup: int = 400
     decoded_share: float = 0.5
+    decoder_only: bool = False
     seed: int = 0
 
 
@@ -34,6 +37,8 @@ class StageOne:
 
     def __init__(self, vae: VideoVAE, world: World, config: StageOneConfig):
         self.vae, self.world, self.config = vae, world, config
+        if config.decoder_only:
+            vae.requires_grad_(False).decoder.requires_grad_(True)
         self.sizes = SizeSampler(config.frame_tokens // 2, seed=config.seed, longest_clip=config.longest_clip, images=0.1)
 
     def batch(self, step: int) -> Tensor:

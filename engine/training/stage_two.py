@@ -23,18 +23,20 @@ from .data import SizeSampler, World
 
 @dataclass(frozen=True)
 class StageTwoConfig:
-    """tokens: of a step's pack, in `groups` groups of clips of one size. A step encodes one new group and draws the others from the
-    last `pool` groups.
+    """tokens: of a step's pack, in `groups` groups of clips of one size. Every `reuse` steps a new group is encoded, which these steps
+    hold; the others are drawn from the last `pool` groups. images: the share of groups of one frame. shift: of the noise levels; what a
+    clip shows as a whole (its colours, its motion) is decided at levels near 1, which a small shift draws too rarely to learn.
     """
 
     tokens: int = 2048
     groups: int = 3
     pool: int = 256
+    reuse: int = 2
     longest_clip: int = 16
     images: float = 0.2
     long_captions: float = 0.4
     empty_captions: float = 0.1
-    shift: float = 2.0
+    shift: float = 6.0
     seed: int = 0
 
 
@@ -64,7 +66,7 @@ class StageTwo(nn.Module):
         self.sizes = SizeSampler(
             config.tokens // config.groups, seed=config.seed, stride=stride, longest_clip=config.longest_clip, images=config.images
         )
-        self.groups: list[Group] = []
+        self.groups: dict[int, Group] = {}
 
     @torch.no_grad()
     def measure(self, groups: int = 24) -> None:
@@ -104,10 +106,15 @@ class StageTwo(nn.Module):
         return latents.stacked if self.dit.config.channels == 2 * self.vae.config.latent_channels else latents.space
 
     def draw(self, step: int, rng: np.random.Generator) -> list[Group]:
-        """One new group, and others from the pool."""
-        self.groups = [*self.groups, self.group(step)][-self.config.pool :]
-        others = rng.integers(len(self.groups), size=self.config.groups - 1)
-        return [self.groups[-1], *(self.groups[i] for i in others)]
+        """The newest group, and others of the last `pool`, which a resumed run encodes again."""
+        newest = step // self.config.reuse
+        ages = rng.integers(min(newest + 1, self.config.pool), size=self.config.groups - 1)
+        drawn = [newest, *(newest - int(age) for age in ages)]
+        self.groups = {index: group for index, group in self.groups.items() if index > newest - self.config.pool}
+        for index in drawn:
+            if index not in self.groups:
+                self.groups[index] = self.group(index)
+        return [self.groups[index] for index in drawn]
 
     def loss(self, step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([self.config.seed, step])

@@ -8,6 +8,8 @@ run sees the data it would have seen.
 
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -76,6 +78,7 @@ class Trainer:
         if hidden:
             muon = torch.optim.Muon(hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
             self.optimisers.append(muon)
+        self.buffers = {name: buffer for name, buffer in model.state_dict().items() if name not in dict(model.named_parameters())}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.step, self.seconds = 0, 0.0
         if (self.folder / "state.json").is_file():
@@ -89,10 +92,13 @@ class Trainer:
         return min(1.0, self.step / self.config.steps)
 
     def run(self, loss: Callable[[int], dict[str, Tensor]], describe: str) -> None:
-        """Call `loss(step)` for a dict whose "loss" is minimised and whose other entries are logged, until the budget is spent."""
+        """Call `loss(step)` for a dict whose "loss" is minimised and whose other entries are logged, until the budget is spent.
+
+        An interrupt (Ctrl-C, or SIGTERM) ends the run after its step and a checkpoint, with KeyboardInterrupt.
+        """
         begun, sums, counted = time.monotonic() - self.seconds, {}, 0
-        with self._bar(describe) as show:
-            while self.progress < 1:
+        with self._bar(describe) as show, _interrupts() as interrupted:
+            while self.progress < 1 and not interrupted:
                 rate = self.config.learning_rate * min(1, (self.step + 1) / self.config.warmup)
                 rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress))
                 for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
@@ -117,6 +123,8 @@ class Trainer:
                 if self.step % self.config.save_every == 0:
                     self.save()
         self.save()
+        if interrupted:
+            raise KeyboardInterrupt
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -147,6 +155,7 @@ class Trainer:
             for optimiser in self.optimisers:
                 moments = optimiser.state.get(p, {})
                 tensors |= {f"{moment}.{name}": moments[moment] for moment in MOMENTS if moment in moments}
+        tensors |= {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
         tensors["step"] = torch.tensor(self.step)
         tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
         save_tensors(self.folder / "checkpoint.safetensors", tensors)
@@ -168,6 +177,8 @@ class Trainer:
             if moments:
                 optimiser = next(o for o in self.optimisers if any(p is q for group in o.param_groups for q in group["params"]))
                 optimiser.state[p] = moments | ({"step": tensors["step"].float().clone()} if "exp_avg" in moments else {})
+        for name, buffer in self.buffers.items():
+            buffer.copy_(tensors[f"buffer.{name}"])
         self.step, self.seconds = int(tensors["step"]), float(tensors["seconds"])
 
     def _log(self, line: dict) -> None:
@@ -179,7 +190,7 @@ class Trainer:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         columns = (*columns, TextColumn("{task.fields[terms]}"))
         by_time = self.config.minutes is not None
-        with Progress(*columns) as bar:
+        with Progress(*columns, refresh_per_second=1) as bar:  # drawing the bar takes time from the training
             task = bar.add_task(describe, total=round(60 * self.config.minutes) if by_time else self.config.steps, terms="")
 
             def show(terms: dict[str, float]) -> None:
@@ -187,3 +198,23 @@ class Trainer:
                 bar.update(task, completed=round(self.seconds) if by_time else self.step, terms=text)
 
             yield show
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The list of the interrupts that came. A step is not left halfway; who insists with a second one gets Python's own handling."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only it may handle signals
+        yield came
+        return
+
+    def handle(number: int, frame) -> None:
+        came.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
