@@ -204,7 +204,7 @@ def train_dit(
     ] = None,
     width: Annotated[int, typer.Option(help="Channels of the transformer.")] = 192,
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
-    blocks: Annotated[int, typer.Option(help="Number of factorised blocks.")] = 6,
+    blocks: Annotated[str, typer.Option(help="Kinds of blocks, such as factorised*4,frame_causal*2.")] = "factorised*6",
     latents: Annotated[str, typer.Option(help="What is diffused: 'space' latents (time latents follow from them), or 'both'.")] = "space",
     steps: Steps = 50_000,
     minutes: Minutes = None,
@@ -229,7 +229,7 @@ def train_dit(
 
     if latents not in ("both", "space"):
         raise ValueError(f"--latents: expected 'both' or 'space', got {latents!r}")
-    where = pick_device(device)
+    kinds, where = _blocks(blocks), pick_device(device)
     torch.manual_seed(seed)
     first = VideoVAE.from_pretrained(vae).to(where)
     world = _world(data, seed, pans=0.03)
@@ -239,7 +239,7 @@ def train_dit(
     else:
         encoder = TextEncoder.from_pretrained(text, device=where)
     channels = first.config.latent_channels * (2 if latents == "both" else 1)
-    config = DiTConfig(channels, width=width, heads=heads, blocks=("factorised",) * blocks, text_width=encoder.dim)
+    config = DiTConfig(channels, width=width, heads=heads, blocks=kinds, text_width=encoder.dim)
     dit = VideoDiT(config).to(where)
     config = StageTwoConfig(tokens, longest_clip=longest_clip, images=images, shift=shift, seed=seed)
     stage = StageTwo(dit, encoder, first, world, config, train_text=text is None)
@@ -298,6 +298,17 @@ def _size(size: str | None, picture: torch.Tensor | None, multiple: int, longest
         return 64, 64
     scale = min(1.0, longest / max(picture.shape[:2]))
     return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in picture.shape[:2])
+
+
+def _blocks(text: str) -> tuple[str, ...]:
+    """For "full,factorised*2": ("full", "factorised", "factorised")."""
+    kinds: list[str] = []
+    for part in text.split(","):
+        kind, _, count = part.strip().partition("*")
+        if count and not count.isdigit():
+            raise ValueError(f"--blocks: expected kinds such as factorised*4,frame_causal*2, got {text!r}")
+        kinds += [kind] * int(count or 1)
+    return tuple(kinds)
 
 
 def _trained(run: Path, message: str) -> None:

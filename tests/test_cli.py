@@ -92,7 +92,7 @@ def test_info(tubelet):
 
 def test_train_both_stages_then_sample_and_measure(tubelet, tmp_path):
     assert tubelet("train", "vae", "-o", "one", "--steps", 2, "--tokens", 32, "--longest-clip", 2)[0] == 0
-    small = ("--width", 32, "--heads", 2, "--blocks", 1, "--tokens", 64, "--longest-clip", 2)
+    small = ("--width", 32, "--heads", 2, "--blocks", "factorised,full*1", "--tokens", 64, "--longest-clip", 2)
     code, said = tubelet("train", "dit", "--vae", "one/vae", "-o", "two", "--steps", 2, *small)
     assert code == 0, said
     code, said = tubelet("train", "dit", "--vae", "one/vae", "-o", "two", "--steps", 3, *small)
@@ -140,6 +140,7 @@ def break_weights(folder):
         (("train", "vae", "-o", "run", "--steps", "0"), "steps: expected a number above 0, got 0"),
         (("train", "vae", "-o", "run", "--precision", "int1"), "precision: expected 'bf16' or 'fp32'"),
         (("train", "vae", "-o", "run", "--data", "nowhere"), "folder nowhere does not exist"),
+        (("train", "dit", "--vae", "vae", "-o", "run", "--blocks", "factorised*x"), "--blocks: expected kinds such as"),
         (("train", "vae", "-o", "run", "--decoder-only"), "--decoder-only: needs a VAE to --start from"),
         (("train", "vae", "-o", "run", "--start", "nowhere"), "nowhere: no such folder"),
         (("train", "dit", "--vae", "nowhere", "-o", "run"), "nowhere: no such folder"),
