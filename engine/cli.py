@@ -164,7 +164,7 @@ def train_vae(
     learning_rate: Rate = 2e-3,
     kl_weight: Annotated[
         float, typer.Option(help="The price of a nat of rate: a high one makes the time latents carry what they can.")
-    ] = 60.0,
+    ] = 20.0,
     kl_warmup: Annotated[int, typer.Option(help="Steps over which the price rises from 0.")] = 2000,
     tokens: Annotated[int, typer.Option(help="Size of a step, in frames of 16x16 pixels.")] = 512,
     start: Annotated[Path | None, typer.Option(help="The folder of a VAE to start from, in place of random weights.")] = None,
