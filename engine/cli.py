@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -196,15 +197,21 @@ def train_vae(
 
 @train.command("dit")
 def train_dit(
-    vae: Annotated[Path, typer.Option(help="The folder of the VAE, made by `train vae`.")],
     out: Out,
+    vae: Annotated[Path | None, typer.Option(help="The folder of the VAE, made by `train vae`.")] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="A model to train on from ('bundled', a folder, a hub id), with its VAE, text encoder and sizes."),
+    ] = None,
     data: Data = None,
     text: Annotated[
         str | None, typer.Option(help="A CLIP or T5 encoder (kept fixed); without it a small CLIP is made and trained along.")
     ] = None,
+    train_text: Annotated[bool, typer.Option(help="Train the text encoder of --start or --text along.")] = False,
     width: Annotated[int, typer.Option(help="Channels of the transformer.")] = 192,
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
     blocks: Annotated[str, typer.Option(help="Kinds of blocks, such as factorised*4,frame_causal*2.")] = "factorised*6",
+    mlp: Annotated[str, typer.Option(help="'plain', or 'conv' with a depthwise convolution over each frame inside.")] = "plain",
     latents: Annotated[str, typer.Option(help="What is diffused: 'space' latents (time latents follow from them), or 'both'.")] = "space",
     steps: Steps = 50_000,
     minutes: Minutes = None,
@@ -229,27 +236,35 @@ def train_dit(
 
     if latents not in ("both", "space"):
         raise ValueError(f"--latents: expected 'both' or 'space', got {latents!r}")
+    if (vae is None) == (start is None):
+        raise ValueError("--vae, --start: expected one of them, a VAE to train a new transformer for or a model to train on from")
+    if start is not None and text is not None:
+        raise ValueError(f"--text: expected none with --start, whose model has a text encoder, got {text!r}")
     kinds, where = _blocks(blocks), pick_device(device)
     torch.manual_seed(seed)
-    first = VideoVAE.from_pretrained(vae).to(where)
     world = _world(data, seed, pans=0.03)
-    if text is None:
-        captions = vocabulary_captions(4000) if not data else (world.draw(i, 1, 32, 32).caption for i in range(4000))
-        encoder = build_clip(captions, out / "text", dim=128, layers=2, heads=4, max_length=64).to(where)
+    if start is not None:
+        model = Engine.from_pretrained(None if start == "bundled" else start, device=where)
+        encoder, dit, first, sampling = model.text, model.dit.train(), model.vae, model.config
     else:
-        encoder = TextEncoder.from_pretrained(text, device=where)
-    channels = first.config.latent_channels * (2 if latents == "both" else 1)
-    config = DiTConfig(channels, width=width, heads=heads, blocks=kinds, text_width=encoder.dim)
-    dit = VideoDiT(config).to(where)
+        first = VideoVAE.from_pretrained(vae).to(where)
+        if text is None:
+            captions = vocabulary_captions(4000) if not data else (world.draw(i, 1, 32, 32).caption for i in range(4000))
+            encoder, train_text = build_clip(captions, out / "text", dim=128, layers=2, heads=4, max_length=64).to(where), True
+        else:
+            encoder = TextEncoder.from_pretrained(text, device=where)
+        channels = first.config.latent_channels * (2 if latents == "both" else 1)
+        dit = VideoDiT(DiTConfig(channels, width=width, heads=heads, blocks=kinds, mlp=mlp, text_width=encoder.dim)).to(where)
+        sampling = EngineConfig()
     config = StageTwoConfig(tokens, longest_clip=longest_clip, images=images, shift=shift, seed=seed)
-    stage = StageTwo(dit, encoder, first, world, config, train_text=text is None)
+    stage = StageTwo(dit, encoder, first, world, config, train_text=train_text)
     hidden = [layer.weight for layer in dit.blocks.modules() if isinstance(layer, torch.nn.Linear)]
     trainer = Trainer(stage, out, TrainerConfig(steps, minutes, learning_rate, precision=precision, seed=seed), hidden)
-    if trainer.step == 0:
+    if trainer.step == 0 and start is None:
         stage.measure()
     trainer.run(stage.loss, "dit")
     with trainer.averaged():
-        engine = Engine(encoder, dit, first, EngineConfig(trained_frames=longest_clip))
+        engine = Engine(encoder, dit, first, replace(sampling, trained_frames=longest_clip))
         engine.save_pretrained(out / "model", torch.float16)
     _trained(out, f"{out / 'model'}: the model after {trainer.step} steps")
 
@@ -318,7 +333,7 @@ def _trained(run: Path, message: str) -> None:
     try:
         console.print(f"{plot_log(run)}: its course", highlight=False, soft_wrap=True)
     except ImportError:
-        console.print("install tubelet[train] for a plot of its course")
+        console.print("install tubelet[train] for a plot of its course", markup=False)
 
 
 def _world(data: list[Path] | None, seed: int, pans: float):

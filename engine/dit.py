@@ -8,6 +8,7 @@ in place of the first two. The timestep modulates each part (one shared projecti
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from .pretrained import PretrainedModule
 
 BLOCKS = ("factorised", "full", "frame_causal")
 POSITIONS = ("factorised", "rotary", "both")
+MLPS = ("plain", "conv")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class DiTConfig:
     """Sizes of the transformer.
 
     channels: of the latents it reads and predicts. positions: learned tables per axis added to the tokens ("factorised"), rotary channels
-    in the attention ("rotary"), or both. causal: whether factorised blocks attend along time causally.
+    in the attention ("rotary"), or both. causal: whether factorised blocks attend along time causally. mlp: "plain", or "conv" with a
+    3 x 3 depthwise convolution over each frame's tokens between its two layers (Mix-FFN, Xie et al. 2021, SegFormer; Xie et al. 2024,
+    SANA): what is next to what then need not be learned by attention, which a small model trained for a short time does not manage.
     """
 
     channels: int = 32
@@ -46,6 +50,7 @@ class DiTConfig:
     width: int = 192
     heads: int = 4
     blocks: tuple[str, ...] = ("factorised",) * 6
+    mlp: str = "plain"
     mlp_ratio: float = 4.0
     text_width: int = 128
     positions: str = "both"
@@ -57,6 +62,8 @@ class DiTConfig:
             raise ValueError(f"blocks: expected one or more of {', '.join(BLOCKS)}, got {self.blocks}")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {self.positions!r}")
+        if self.mlp not in MLPS:
+            raise ValueError(f"mlp: expected one of {', '.join(MLPS)}, got {self.mlp!r}")
         if self.width % self.heads or (self.width // self.heads) % 8:
             raise ValueError(f"width: expected a multiple of 8 for each of {self.heads} heads, got {self.width}")
 
@@ -193,7 +200,7 @@ class Block(nn.Module):
         self.attentions = nn.ModuleList(SelfAttention(width, config.heads, mask) for mask in masks)
         self.cross = CrossAttention(width, config.heads, config.text_width)
         hidden = int(width * config.mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        self.mlp = MLP(width, hidden, conv=config.mlp == "conv")
 
     def forward(
         self,
@@ -215,7 +222,33 @@ class Block(nn.Module):
         x, h = gated_residual(x, y, gates[len(self.attentions) - 1], rows, norm=Modulation(None, None))
         y = self.cross(h, text, layout, text_layout)
         x, h = gated_residual(x, y, norm=Modulation(shifts[-1], scales[-1]), rows=rows)
-        return gated_residual(x, self.mlp(h), gates[-1], rows)
+        return gated_residual(x, self.mlp(h, layout), gates[-1], rows)
+
+
+class MLP(nn.Module):
+    """Two layers with a GELU between them, before which a 3 x 3 depthwise convolution over each frame may add to the hidden features."""
+
+    def __init__(self, width: int, hidden: int, *, conv: bool):
+        super().__init__()
+        self.expand, self.contract = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False) if conv else None
+        if conv:
+            nn.init.zeros_(self.conv.weight)
+
+    def forward(self, x: Tensor, layout: VideoLayout) -> Tensor:
+        h = self.expand(x)
+        if self.conv is not None:
+            h = h + self._around(h, layout)
+        return self.contract(F.gelu(h, approximate="tanh"))
+
+    def _around(self, h: Tensor, layout: VideoLayout) -> Tensor:
+        """The convolution, one call for each run of clips whose frames have one size."""
+        parts = []
+        for (height, width), run in groupby(layout.clips, key=lambda clip: clip.grid[1:]):
+            run = list(run)
+            frames = h[run[0].video_start : run[-1].video_stop].unflatten(0, (-1, height, width)).permute(0, 3, 1, 2)
+            parts.append(self.conv(frames).permute(0, 2, 3, 1).flatten(0, 2))
+        return torch.cat(parts)
 
 
 class SelfAttention(nn.Module):

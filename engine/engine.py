@@ -42,7 +42,7 @@ class EngineConfig:
     steps: int = 24
     solver: str = "dpm++2m"
     shift: float = 3.0
-    guidance: float = 4.0
+    guidance: float = 1.5
     time_latents: str = "sampled"
     trained_frames: int = 16
     trained_sides: tuple[int, int] = (32, 96)
@@ -127,7 +127,6 @@ class Engine:
             raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
         schedule = plan(solver, steps, shift)
         if isinstance(prompt, str):
-            guidance = self.config.guidance if guidance is None else guidance
             request = Request(prompt, frames, height, width, seed, guidance, negative_prompt, known, extend)
             if loop:
                 return self._sample_loop(request, schedule, progress)
@@ -183,6 +182,8 @@ class Engine:
         return self._sample([whole], schedule, progress)[0][:-1]
 
     def _sample(self, requests: list[Request], schedule: list[Step], progress) -> list[Clip]:
+        own = self.config.guidance
+        requests = [replace(request, guidance=own) if request.guidance is None else request for request in requests]
         pack = Pack.build(requests, self.dit, self.vae, self.text)
         tokens = self._denoise(pack, schedule, progress)
         codes = unpatchify(tokens, pack.layout, self.dit.config.channels, self.dit.config.patch)

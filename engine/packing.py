@@ -19,9 +19,9 @@ from .video import to_float
 class Request:
     """One video to sample.
 
-    prompt: what it shows. frames, height, width: its size in pixels. seed: of its noise. guidance: how strongly the prompt steers (1:
-    no guidance). negative_prompt: what it is steered away from. known: frames that are given, as `conditioning.resolve` takes them:
-    {0: image}, {0: a, -1: b}, or a clip, which it extends forward or, with extend="backward", backward.
+    prompt: what it shows. frames, height, width: its size in pixels. seed: of its noise. guidance: how strongly the prompt steers (1: no
+    guidance; None: as the model was tuned). negative_prompt: what it is steered away from. known: frames that are given, as
+    `conditioning.resolve` takes them: {0: image}, {0: a, -1: b}, or a clip, which it extends forward or, with extend="backward", backward.
     """
 
     prompt: str
@@ -29,7 +29,7 @@ class Request:
     height: int = 64
     width: int = 64
     seed: int = 0
-    guidance: float = 4.0
+    guidance: float | None = None
     negative_prompt: str = ""
     known: Mapping[int, Any] | Any | None = field(default=None, repr=False)
     extend: str = "forward"
@@ -55,7 +55,7 @@ class Request:
                 raise ValueError(
                     f"{name}: expected a multiple of {multiple} pixels, got {side}; the nearest are {below} and {below + multiple}"
                 )
-        if not 0 <= self.guidance < float("inf"):
+        if self.guidance is not None and not 0 <= self.guidance < float("inf"):
             raise ValueError(f"guidance: expected a number >= 0, got {self.guidance}")
 
 

@@ -92,11 +92,13 @@ def test_info(tubelet):
 
 def test_train_both_stages_then_sample_and_measure(tubelet, tmp_path):
     assert tubelet("train", "vae", "-o", "one", "--steps", 2, "--tokens", 32, "--longest-clip", 2)[0] == 0
-    small = ("--width", 32, "--heads", 2, "--blocks", "factorised,full*1", "--tokens", 64, "--longest-clip", 2)
+    small = ("--width", 32, "--heads", 2, "--blocks", "factorised,full*1", "--mlp", "conv", "--tokens", 64, "--longest-clip", 2)
     code, said = tubelet("train", "dit", "--vae", "one/vae", "-o", "two", "--steps", 2, *small)
     assert code == 0, said
     code, said = tubelet("train", "dit", "--vae", "one/vae", "-o", "two", "--steps", 3, *small)
     assert code == 0 and "after 3 steps" in said and (tmp_path / "two" / "log.png").is_file()
+    code, said = tubelet("train", "dit", "--start", "two/model", "-o", "three", "--steps", 1, "--tokens", 64, "--longest-clip", 2)
+    assert code == 0 and Engine.from_pretrained("three/model").dit.config == Engine.from_pretrained("two/model").dit.config, said
     assert tubelet("sample", "x", "--model", "two/model", "-o", "a.npy", "--frames", 2, "--size", "32x32", "--steps", 1)[0] == 0
     code, said = tubelet("eval", "--model", "two/model", "--prompts", 2, "-o", "figures.json", "--sheet", "sheet.png")
     assert code == 0, said
@@ -144,6 +146,10 @@ def break_weights(folder):
         (("train", "vae", "-o", "run", "--decoder-only"), "--decoder-only: needs a VAE to --start from"),
         (("train", "vae", "-o", "run", "--start", "nowhere"), "nowhere: no such folder"),
         (("train", "dit", "--vae", "nowhere", "-o", "run"), "nowhere: no such folder"),
+        (("train", "dit", "-o", "run"), "--vae, --start: expected one of them"),
+        (("train", "dit", "--vae", "vae", "--start", "bundled", "-o", "run"), "--vae, --start: expected one of them"),
+        (("train", "dit", "--start", "nowhere", "-o", "run"), "nowhere"),
+        (("train", "dit", "--start", "bundled", "--text", "t5", "-o", "run"), "--text: expected none with --start"),
         (("train", "dit", "--vae", "nowhere", "-o", "run", "--latents", "none"), "--latents: expected 'both' or 'space', got 'none'"),
     ],
 )

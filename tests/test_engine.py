@@ -70,6 +70,13 @@ def test_loop_and_stream(engine):
     assert [len(chunk) for chunk in chunks] == [4, 2, 2, 1]
 
 
+def test_a_request_is_guided_as_the_model_was_tuned_unless_it_says_otherwise(engine):
+    tuned = Engine(engine.text, engine.dit, engine.vae, EngineConfig(steps=2, guidance=3.0))
+    plain, other, given = tuned.sample([Request("x", 2, 32, 32, guidance=guidance) for guidance in (None, 1.0, 3.0)])
+    assert torch.equal(plain.frames, given.frames) and not torch.equal(plain.frames, other.frames)
+    assert torch.equal(tuned.sample("x", frames=2, height=32, width=32).frames, tuned.sample(Request("x", 2, 32, 32)).frames)
+
+
 def test_progress_and_unguided(engine):
     seen = []
     engine.sample("x", frames=2, guidance=1.0, progress=lambda done, of: seen.append((done, of)), **SIZE)

@@ -87,10 +87,7 @@ def prompt_faithfulness(engine: Engine, config: EvalConfig, track: Track) -> tup
     clips, readings = [], []
     for start in track(range(0, len(scenes), config.batch), "prompts"):
         batch = scenes[start : start + config.batch]
-        requests = [
-            Request(scene.caption(), config.frames, config.height, config.width, seed=start + i, guidance=engine.config.guidance)
-            for i, scene in enumerate(batch)
-        ]
+        requests = [Request(scene.caption(), config.frames, config.height, config.width, seed=start + i) for i, scene in enumerate(batch)]
         made = engine.sample(requests)
         clips += made
         readings += [read(clip.frames) for clip in made]

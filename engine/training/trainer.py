@@ -115,7 +115,7 @@ class Trainer:
                 self._update_average()
                 self.step, self.seconds, counted = self.step + 1, time.monotonic() - begun, counted + 1
                 sums = {name: sums.get(name, 0.0) + float(value.detach()) for name, value in terms.items()}
-                if self.step % self.config.log_every == 0:
+                if self.step % self.config.log_every == 0 or self.progress == 1 or interrupted:
                     means = {name: value / counted for name, value in sums.items()}
                     self._log({"step": self.step, "seconds": round(self.seconds, 1), "rate": rate, **means})
                     show(means)

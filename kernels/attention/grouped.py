@@ -7,7 +7,8 @@ on the layouts and the mask alone and are kept in the layout's cache.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from ..layout import ClipSpan, VideoLayout
 from ..masks import Mask
 
 TEXT_MULTIPLE = 16
+REMEMBERED_TOKENS = 2048
+"""Up to this size the blocks of a clip are kept for the next pack that has one like it: training draws the same few grids all the time."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,11 @@ def _batches(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> list[Ba
 def _plan(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> list[Batch]:
     buckets = defaultdict(list)
     for query, key in zip(layout.clips, kv_layout.clips, strict=True):
-        for queries, keys, visible in _blocks(query, key, mask):
+        blocks = _remembered_blocks if query.stop - query.start <= REMEMBERED_TOKENS else _blocks
+        for queries, keys, visible in blocks(_at_zero(query), _at_zero(key), mask):
             if not queries.numel() or not keys.numel():
                 continue
+            queries, keys = queries + query.start, keys + key.start
             if not key.frames:
                 # Texts differ in length by a few tokens: filled up to a common length (with the clip's own first key, hidden) they make one
                 # batch. The length depends on the text alone, so a clip's result does not depend on what it is packed with.
@@ -115,6 +120,16 @@ def _plan(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> list[Batch
         device = layout.device
         batches.append(Batch(queries.to(device), keys.to(device), None if visible is None else visible.to(device), *views))
     return batches
+
+
+def _at_zero(clip: ClipSpan) -> ClipSpan:
+    """The clip as if it began its pack, with what matters to the masks alone."""
+    return replace(clip, video_start=clip.video_start - clip.start, text_start=clip.text_start - clip.start, positions=())
+
+
+@lru_cache(maxsize=512)
+def _remembered_blocks(query: ClipSpan, key: ClipSpan, mask: Mask) -> list:
+    return list(_blocks(query, key, mask))
 
 
 def _blocks(query: ClipSpan, key: ClipSpan, mask: Mask):
