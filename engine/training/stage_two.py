@@ -24,8 +24,11 @@ from .data import SizeSampler, World
 @dataclass(frozen=True)
 class StageTwoConfig:
     """tokens: of a step's pack, in `groups` groups of clips of one size. Every `reuse` steps a new group is encoded, which these steps
-    hold; the others are drawn from the last `pool` groups. images: the share of groups of one frame. shift: of the noise levels; what a
-    clip shows as a whole (its colours, its motion) is decided at levels near 1, which a small shift draws too rarely to learn.
+    hold; the others are drawn from the last `pool` groups. images: the share of groups of one frame. shift: of the noise levels of an
+    image; what it shows as a whole is decided at levels near 1, which a small shift draws too rarely to learn, and what a clip of T frames
+    shows, which all of them tell, nearer still: there it is sqrt(T) times as much (as a picture's grows with its side, Esser et al. 2024).
+    frame_times: the share of clips whose frames have noise levels of their own (Chen et al. 2024, Diffusion Forcing), evenly drawn: noisy
+    frames then learn early to read their clearer neighbours.
     """
 
     tokens: int = 2048
@@ -37,6 +40,7 @@ class StageTwoConfig:
     long_captions: float = 0.4
     empty_captions: float = 0.1
     shift: float = 6.0
+    frame_times: float = 0.4
     seed: int = 0
 
 
@@ -131,9 +135,7 @@ class StageTwo(nn.Module):
 
         target, given = patchify(clips, patch), patchify(alone, patch)
         noise = torch.randn(target.shape, generator=generator).to(device)
-        clip_times = logit_normal_times(len(clips), generator, shift=self.config.shift).to(device)
-        times = torch.cat([t.expand(len(mask)) for t, mask in zip(clip_times, known, strict=True)])
-        times = times * ~torch.cat(known).to(device)
+        times = torch.cat([self._times(len(mask), generator) for mask in known]).to(device) * ~torch.cat(known).to(device)
         marked = layout.coordinates.known[:, None]
         tokens = torch.where(marked, given, interpolate(target, noise, times[layout.rows("frame").long()]))
 
@@ -143,6 +145,12 @@ class StageTwo(nn.Module):
         error = (velocity.float() - velocity_target(target, noise)).square().mean(dim=1)
         free = ~marked[:, 0]
         return {"loss": (error * free).sum() / free.sum()}
+
+    def _times(self, frames: int, generator: torch.Generator) -> Tensor:
+        """The noise levels of a clip's frames: the same for all, or for each its own."""
+        if torch.rand((), generator=generator) < self.config.frame_times:
+            return torch.rand(frames, generator=generator)
+        return logit_normal_times(1, generator, shift=self.config.shift * frames**0.5).expand(frames)
 
     def _caption(self, pair: tuple[str, str], rng: np.random.Generator) -> str:
         if rng.random() < self.config.empty_captions:
