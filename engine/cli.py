@@ -57,6 +57,7 @@ def sample(
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels; 64x64, or that of the image or video.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the solver.")] = None,
     solver: Annotated[str | None, typer.Option(help="euler, heun or dpm++2m.")] = None,
+    stagger: Annotated[int | None, typer.Option(help="Evaluations by which each frame lags behind the one before.")] = None,
     guidance: Annotated[float | None, typer.Option(help="How strongly the prompt steers.")] = None,
     negative: Annotated[str, typer.Option(help="What the video should not show.")] = "",
     seed: Annotated[int, typer.Option(help="Of the noise: the same seed gives the same video.")] = 0,
@@ -108,6 +109,7 @@ def sample(
             loop=loop,
             steps=steps,
             solver=solver,
+            stagger=stagger,
             progress=lambda done, of: bar.update(task, completed=done, total=of),
         )
     if given is not None:
@@ -141,7 +143,8 @@ def info(model: Model = None) -> None:
     table.add_row("trained on", f"sides of {low} to {high} pixels, up to {engine.config.trained_frames} frames")
     table.add_row(
         "sampling",
-        f"{engine.config.solver}, {engine.config.steps} steps, guidance {engine.config.guidance:g}, shift {engine.config.shift:g}",
+        f"{engine.config.solver}, {engine.config.steps} steps, guidance {engine.config.guidance:g}, shift {engine.config.shift:g}, "
+        f"stagger {engine.config.stagger}",
     )
     console.print(table)
     # A sample of one step shows what really runs, rather than what should.
@@ -211,15 +214,18 @@ def train_dit(
     width: Annotated[int, typer.Option(help="Channels of the transformer.")] = 192,
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
     blocks: Annotated[str, typer.Option(help="Kinds of blocks, such as factorised*4,frame_causal*2.")] = "factorised*6",
-    mlp: Annotated[str, typer.Option(help="'plain', or 'conv' with a depthwise convolution over each frame inside.")] = "plain",
+    local: Annotated[tuple[int, int], typer.Option(help="Convolutional blocks before and after the transformer.")] = (2, 2),
     latents: Annotated[str, typer.Option(help="What is diffused: 'space' latents (time latents follow from them), or 'both'.")] = "space",
     steps: Steps = 50_000,
     minutes: Minutes = None,
     learning_rate: Rate = 2e-3,
     tokens: Annotated[int, typer.Option(help="Tokens of a step's pack.")] = 2048,
-    shift: Annotated[float, typer.Option(help="Shift of the noise levels: the higher, the more often near pure noise.")] = 6.0,
+    shift: Annotated[float, typer.Option(help="Shift of the noise levels: the higher, the more often near pure noise.")] = 2.0,
     longest_clip: LongestClip = 16,
     images: Annotated[float, typer.Option(help="Share of images; many at first teach appearance faster.")] = 0.2,
+    usual: Annotated[float, typer.Option(help="Share, of the videos, of the longest clips of 64x64 pixels.")] = 0.0,
+    beginnings: Annotated[float, typer.Option(help="Share, of the videos, of which only the first frames are seen.")] = 0.0,
+    frame_times: Annotated[float, typer.Option(help="Share of clips whose frames differ in their noise levels.")] = 0.4,
     precision: Precision = "bf16",
     seed: Seed = 0,
     device: Device = None,
@@ -254,12 +260,22 @@ def train_dit(
         else:
             encoder = TextEncoder.from_pretrained(text, device=where)
         channels = first.config.latent_channels * (2 if latents == "both" else 1)
-        dit = VideoDiT(DiTConfig(channels, width=width, heads=heads, blocks=kinds, mlp=mlp, text_width=encoder.dim)).to(where)
-        sampling = EngineConfig()
-    config = StageTwoConfig(tokens, longest_clip=longest_clip, images=images, shift=shift, seed=seed)
+        dit = VideoDiT(DiTConfig(channels, width=width, heads=heads, blocks=kinds, local_blocks=local, text_width=encoder.dim)).to(where)
+        sampling = EngineConfig(shift=shift, stagger=2 if frame_times else 0)
+    config = StageTwoConfig(
+        tokens,
+        longest_clip=longest_clip,
+        images=images,
+        usual=usual,
+        beginnings=beginnings,
+        shift=shift,
+        frame_times=frame_times,
+        seed=seed,
+    )
     stage = StageTwo(dit, encoder, first, world, config, train_text=train_text)
     hidden = [layer.weight for layer in dit.blocks.modules() if isinstance(layer, torch.nn.Linear)]
-    trainer = Trainer(stage, out, TrainerConfig(steps, minutes, learning_rate, precision=precision, seed=seed), hidden)
+    settings = TrainerConfig(steps, minutes, learning_rate, precision=precision, seed=seed)
+    trainer = Trainer(stage, out, settings, hidden, slow=encoder.parameters())
     if trainer.step == 0 and start is None:
         stage.measure()
     trainer.run(stage.loss, "dit")

@@ -8,7 +8,6 @@ in place of the first two. The timestep modulates each part (one shared projecti
 
 import math
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +27,11 @@ from tubelet.kernels import (
     rotary_table,
 )
 
+from .local import Conv, LocalBlock, PixelLayout
 from .pretrained import PretrainedModule
 
 BLOCKS = ("factorised", "full", "frame_causal")
 POSITIONS = ("factorised", "rotary", "both")
-MLPS = ("plain", "conv")
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,8 @@ class DiTConfig:
     """Sizes of the transformer.
 
     channels: of the latents it reads and predicts. positions: learned tables per axis added to the tokens ("factorised"), rotary channels
-    in the attention ("rotary"), or both. causal: whether factorised blocks attend along time causally. mlp: "plain", or "conv" with a
-    3 x 3 depthwise convolution over each frame's tokens between its two layers (Mix-FFN, Xie et al. 2021, SegFormer; Xie et al. 2024,
-    SANA): what is next to what then need not be learned by attention, which a small model trained for a short time does not manage.
+    in the attention ("rotary"), or both. causal: whether factorised blocks attend along time causally. local_blocks: convolutional blocks
+    of `local_width` channels at the resolution of the latents before and after the transformer, (0, 0) for none (see `local`).
     """
 
     channels: int = 32
@@ -50,11 +48,12 @@ class DiTConfig:
     width: int = 192
     heads: int = 4
     blocks: tuple[str, ...] = ("factorised",) * 6
-    mlp: str = "plain"
     mlp_ratio: float = 4.0
     text_width: int = 128
     positions: str = "both"
     causal: bool = True
+    local_blocks: tuple[int, int] = (0, 0)
+    local_width: int = 128
     table_size: int = 64
 
     def __post_init__(self):
@@ -62,8 +61,10 @@ class DiTConfig:
             raise ValueError(f"blocks: expected one or more of {', '.join(BLOCKS)}, got {self.blocks}")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {self.positions!r}")
-        if self.mlp not in MLPS:
-            raise ValueError(f"mlp: expected one of {', '.join(MLPS)}, got {self.mlp!r}")
+        if len(self.local_blocks) != 2 or any(number < 0 for number in self.local_blocks):
+            raise ValueError(f"local_blocks: expected two numbers, before and after the transformer, got {self.local_blocks}")
+        if any(self.local_blocks) and self.patch[0] != 1:
+            raise ValueError(f"local_blocks: expected (0, 0) with patches of several frames, got {self.local_blocks}")
         if self.width % self.heads or (self.width // self.heads) % 8:
             raise ValueError(f"width: expected a multiple of 8 for each of {self.heads} heads, got {self.width}")
 
@@ -85,19 +86,32 @@ class VideoDiT(PretrainedModule):
         # Latents are normalised per channel before they are patched; stage two measures these.
         self.register_buffer("latent_mean", torch.zeros(config.channels))
         self.register_buffer("latent_std", torch.ones(config.channels))
-        self.embed = nn.Linear(config.token_width, width)
+        local = config.local_width if any(config.local_blocks) else 0
+        patched = local * math.prod(config.patch) or config.token_width
+        if local:
+            before, after = config.local_blocks
+            self.local_in = Conv(config.channels + 1, local)
+            self.local_before = nn.ModuleList(LocalBlock(local, width) for _ in range(before))
+            self.local_after = nn.ModuleList(LocalBlock(local, width) for _ in range(after))
+            self.local_out = Conv(local, config.channels)
+        self.embed = nn.Linear(patched, width)
         self.known = nn.Parameter(torch.zeros(width))
         if config.positions != "rotary":
-            self.tables = nn.ParameterList([nn.Parameter(0.02 * torch.randn(config.table_size, width)) for _ in range(3)])
+            self.tables = nn.ParameterList([nn.Parameter(torch.randn(config.table_size, width)) for _ in range(3)])
         self.condition = Condition(width, config.text_width)
         parts = {kind: 3 if kind == "factorised" else 2 for kind in BLOCKS}
         self.modulation = nn.Linear(width, 9 * width)
         self.blocks = nn.ModuleList(Block(config, kind, parts[kind]) for kind in config.blocks)
         self.final_modulation = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, config.token_width)
-        for layer in (self.modulation, self.final_modulation, self.out):
+        self.out = nn.Linear(width, patched)
+        for layer in (self.modulation, self.final_modulation, *([self.local_out] if local else []), self.out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    @property
+    def causal(self) -> bool:
+        """Whether later frames, unless they are known, tell nothing about earlier ones."""
+        return self.config.causal and "full" not in self.config.blocks
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Latents (channels, T, h, w) to zero mean and unit variance per channel."""
@@ -114,18 +128,32 @@ class VideoDiT(PretrainedModule):
         1], 0 for known ones. text: (text tokens, text_width). layout: where the clips lie and which frames are known. text_layout: the
         text of each clip, `VideoLayout.segments`.
         """
-        where = layout.coordinates
-        x = self.embed(tokens) + where.known[:, None] * self.known
-        if self.config.positions != "rotary":
-            x = x + self._positions(layout)
+        known = layout.coordinates.known[:, None]
         rows = layout.rows("frame")
         condition = self.condition(times, layout, text, text_layout)
+        local = any(self.config.local_blocks)
+        if local:
+            pixels = PixelLayout.of(layout, self.config.patch)
+            mark = known.to(tokens.dtype).expand(-1, math.prod(self.config.patch))
+            fine = self.local_in(pixels.unfold(torch.cat((tokens, mark), dim=1)), pixels)
+            for block in self.local_before:
+                fine = block(fine, condition, pixels)
+            tokens = pixels.fold(fine)
+        x = self.embed(tokens) + known * self.known
+        if self.config.positions != "rotary":
+            x = x + self._positions(layout)
         modulation = self.modulation(condition)
         rotary = self._rotary(layout) if self.config.positions != "factorised" else {}
         for block in self.blocks:
             x = block(x, modulation, rows, text, layout, text_layout, rotary)
         shift, scale = self.final_modulation(condition).chunk(2, dim=-1)
-        return self.out(modulated_norm(x, shift, scale, rows))
+        x = self.out(modulated_norm(x, shift, scale, rows))
+        if local:
+            fine = fine + pixels.unfold(x)
+            for block in self.local_after:
+                fine = block(fine, condition, pixels)
+            x = pixels.fold(self.local_out(modulated_norm(fine), pixels))
+        return x
 
     def _positions(self, layout: VideoLayout) -> Tensor:
         size = self.config.table_size
@@ -156,8 +184,8 @@ class VideoDiT(PretrainedModule):
 
 
 class Condition(nn.Module):
-    """What modulates a frame: its noise level, the size of the canvas in tokens, and the mean of the text (Podell et al. 2023, SDXL,
-    for the latter two).
+    """What modulates a frame: its noise level, the size of the canvas in tokens and the mean of the text (Podell et al. 2023, SDXL, for
+    the latter two), and the text together with the frame's place in time: what "moves left" says of a frame depends on which it is.
     """
 
     def __init__(self, width: int, text_width: int):
@@ -165,14 +193,20 @@ class Condition(nn.Module):
         self.time = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
         self.size = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
         self.text = nn.Sequential(nn.Linear(text_width, width), nn.SiLU(), nn.Linear(width, width))
+        self.place = nn.Linear(64, width, bias=False)
+        nn.init.zeros_(self.place.weight)
 
     def forward(self, times: Tensor, layout: VideoLayout, text: Tensor, text_layout: VideoLayout) -> Tensor:
         """(frames, width), after the activation that precedes the modulation's projection."""
         sides = torch.tensor([clip.grid[1:] for clip in layout.clips], dtype=torch.float32, device=times.device)
-        clip = self.size(waves(sides, 64).flatten(1).to(text.dtype)) + self.text(self._mean(text, text_layout))
-        frames = torch.tensor([clip.frames for clip in layout.clips], device=times.device)
-        clip = clip.repeat_interleave(frames, dim=0, output_size=layout.num_frames)
-        return F.silu(self.time(waves(1000 * times, 128).to(text.dtype)) + clip)
+        size = self.size(waves(sides, 64).flatten(1).to(text.dtype))
+        clips = layout.frame_clips.long()
+        place = self.place(waves(layout.positions[layout.frame_starts.long(), 0], 64).to(text.dtype))
+        read, *rest = self.text
+        said = read(self._mean(text, text_layout))[clips] + place
+        for layer in rest:
+            said = layer(said)
+        return F.silu(self.time(waves(1000 * times, 128).to(text.dtype)) + size[clips] + said)
 
     @staticmethod
     def _mean(text: Tensor, layout: VideoLayout) -> Tensor:
@@ -200,7 +234,7 @@ class Block(nn.Module):
         self.attentions = nn.ModuleList(SelfAttention(width, config.heads, mask) for mask in masks)
         self.cross = CrossAttention(width, config.heads, config.text_width)
         hidden = int(width * config.mlp_ratio)
-        self.mlp = MLP(width, hidden, conv=config.mlp == "conv")
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
 
     def forward(
         self,
@@ -222,33 +256,7 @@ class Block(nn.Module):
         x, h = gated_residual(x, y, gates[len(self.attentions) - 1], rows, norm=Modulation(None, None))
         y = self.cross(h, text, layout, text_layout)
         x, h = gated_residual(x, y, norm=Modulation(shifts[-1], scales[-1]), rows=rows)
-        return gated_residual(x, self.mlp(h, layout), gates[-1], rows)
-
-
-class MLP(nn.Module):
-    """Two layers with a GELU between them, before which a 3 x 3 depthwise convolution over each frame may add to the hidden features."""
-
-    def __init__(self, width: int, hidden: int, *, conv: bool):
-        super().__init__()
-        self.expand, self.contract = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False) if conv else None
-        if conv:
-            nn.init.zeros_(self.conv.weight)
-
-    def forward(self, x: Tensor, layout: VideoLayout) -> Tensor:
-        h = self.expand(x)
-        if self.conv is not None:
-            h = h + self._around(h, layout)
-        return self.contract(F.gelu(h, approximate="tanh"))
-
-    def _around(self, h: Tensor, layout: VideoLayout) -> Tensor:
-        """The convolution, one call for each run of clips whose frames have one size."""
-        parts = []
-        for (height, width), run in groupby(layout.clips, key=lambda clip: clip.grid[1:]):
-            run = list(run)
-            frames = h[run[0].video_start : run[-1].video_stop].unflatten(0, (-1, height, width)).permute(0, 3, 1, 2)
-            parts.append(self.conv(frames).permute(0, 2, 3, 1).flatten(0, 2))
-        return torch.cat(parts)
+        return gated_residual(x, self.mlp(h), gates[-1], rows)
 
 
 class SelfAttention(nn.Module):

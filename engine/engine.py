@@ -21,7 +21,7 @@ from tubelet.kernels import guided_step, unpatchify
 from .conditioning import KnownFrames, resolve
 from .conditioning import loop as loop_frames
 from .dit import VideoDiT
-from .flow import SOLVERS, Step, plan
+from .flow import SOLVERS, Step, check_stagger, plan, staggered
 from .packing import Pack, Request
 from .pretrained import fetch, pick_device, read_config, write_json
 from .text import TextEncoder
@@ -33,8 +33,8 @@ BUNDLED = Path(__file__).parent / "assets" / "model"
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a model is best sampled; the defaults of `Engine.sample`. time_latents: "sampled" ones are decoded as they are, "recomputed"
-    ones from the space latents.
+    """How a model is best sampled; the defaults of `Engine.sample`. stagger: of the frames, for a model that was trained on frames of
+    different noise levels. time_latents: "sampled" ones are decoded as they are, "recomputed" ones from the space latents.
     """
 
     name: str = "tubelet"
@@ -43,6 +43,7 @@ class EngineConfig:
     solver: str = "dpm++2m"
     shift: float = 3.0
     guidance: float = 1.5
+    stagger: int = 0
     time_latents: str = "sampled"
     trained_frames: int = 16
     trained_sides: tuple[int, int] = (32, 96)
@@ -50,6 +51,7 @@ class EngineConfig:
     def __post_init__(self):
         if self.time_latents not in ("sampled", "recomputed"):
             raise ValueError(f"time_latents: expected 'sampled' or 'recomputed', got {self.time_latents!r}")
+        check_stagger(self.stagger)
 
 
 class Engine:
@@ -109,13 +111,15 @@ class Engine:
         steps: int | None = None,
         solver: str | None = None,
         shift: float | None = None,
+        stagger: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Clip | list[Clip]:
         """Sample a prompt, or a list of requests of any sizes and lengths in one pack.
 
         The arguments up to `extend` describe the video of a prompt, as in `Request`. loop: the last frame leads on to the first. steps,
-        solver ("euler", "heun", "dpm++2m") and shift (of the noise schedule) default to what the model was tuned for. progress(done, of)
-        is called after every evaluation of the model.
+        solver ("euler", "heun", "dpm++2m"), shift (of the noise schedule) and stagger (by how many evaluations of the model each frame
+        lags behind the one before; 0: all frames together) default to what the model was tuned for. progress(done, of) is called after
+        every evaluation of the model.
 
         Returns a Clip, or a list of them for a list. Known frames come out as they went in. Raises ValueError or TypeError for a bad
         request.
@@ -125,12 +129,14 @@ class Engine:
         shift = self.config.shift if shift is None else shift
         if solver not in SOLVERS:
             raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
+        stagger = self.config.stagger if stagger is None else stagger
+        check_stagger(stagger)
         schedule = plan(solver, steps, shift)
         if isinstance(prompt, str):
             request = Request(prompt, frames, height, width, seed, guidance, negative_prompt, known, extend)
             if loop:
-                return self._sample_loop(request, schedule, progress)
-            return self._sample([request], schedule, progress)[0]
+                return self._sample_loop(request, schedule, stagger, progress)
+            return self._sample([request], schedule, stagger, progress)[0]
         if loop:
             raise ValueError("loop: expected False with requests; loop one prompt at a time")
         requests = [prompt] if isinstance(prompt, Request) else list(prompt)
@@ -139,7 +145,7 @@ class Engine:
                 raise TypeError(f"prompt: expected text, a Request or a list of Requests, got {type(request).__name__} at {i}")
         if not requests:
             raise ValueError("prompt: expected at least one request, got none")
-        clips = self._sample(requests, schedule, progress)
+        clips = self._sample(requests, schedule, stagger, progress)
         return clips[0] if isinstance(prompt, Request) else clips
 
     def stream(
@@ -167,7 +173,7 @@ class Engine:
             made, seed = made + len(new), seed + 1
             yield new
 
-    def _sample_loop(self, request: Request, schedule: list[Step], progress) -> Clip:
+    def _sample_loop(self, request: Request, schedule: list[Step], stagger: int, progress) -> Clip:
         """A loop of T frames is T + 1 frames with one image at both ends, less the last. Without a given first frame, that is sampled
         before.
         """
@@ -177,15 +183,15 @@ class Engine:
         given = resolve(request.known, request.frames, request.height, request.width, request.extend)
         if given.indices not in ((), (0,)):
             raise ValueError(f"known: expected no more than the first frame of a loop, got frames {given.indices}")
-        first = given.images[0] if given.indices else self._sample([replace(request, known=None)], schedule, progress)[0][0]
+        first = given.images[0] if given.indices else self._sample([replace(request, known=None)], schedule, stagger, progress)[0][0]
         whole = replace(request, frames=request.frames + 1, known=loop_frames(first), extend="forward")
-        return self._sample([whole], schedule, progress)[0][:-1]
+        return self._sample([whole], schedule, stagger, progress)[0][:-1]
 
-    def _sample(self, requests: list[Request], schedule: list[Step], progress) -> list[Clip]:
+    def _sample(self, requests: list[Request], schedule: list[Step], stagger: int, progress) -> list[Clip]:
         own = self.config.guidance
         requests = [replace(request, guidance=own) if request.guidance is None else request for request in requests]
         pack = Pack.build(requests, self.dit, self.vae, self.text)
-        tokens = self._denoise(pack, schedule, progress)
+        tokens = self._denoise(pack, schedule, stagger, progress)
         codes = unpatchify(tokens, pack.layout, self.dit.config.channels, self.dit.config.patch)
         clips = []
         for code, known, request in zip(codes, pack.known, requests, strict=True):
@@ -193,23 +199,39 @@ class Engine:
             clips.append(Clip(frames, fps=self.config.fps, prompt=request.prompt, seed=request.seed))
         return clips
 
-    def _denoise(self, pack: Pack, schedule: list[Step], progress) -> Tensor:
+    def _denoise(self, pack: Pack, schedule: list[Step], stagger: int, progress) -> Tensor:
         """The reverse process over the tokens of the pack; guided requests are evaluated with and without their prompt in one pack."""
-        x, x0 = pack.start, None
-        known = pack.layout.coordinates.known
-        rows = pack.layout.rows("clip")
-        free = ~pack.model_layout.frame_known
-        for done, step in enumerate(schedule, start=1):
-            times = torch.where(free, step.time, 0.0)
-            tokens = x if pack.guidance is None else torch.cat((x, x))
-            velocity = self.dit(tokens, times, pack.text.tokens, pack.model_layout, pack.text_layout)
-            cond, uncond = (velocity, None) if pack.guidance is None else velocity.chunk(2)
-            coefficients = torch.tensor(step.coefficients, dtype=torch.float32, device=x.device)
-            x, x0 = guided_step(
-                x, cond, uncond, x0, coefficients, guidance=pack.guidance, rows=None if pack.guidance is None else rows, known=known
+        x, x0 = pack.start.clone(), torch.zeros_like(pack.start)
+        guided = pack.guidance is not None
+        orders = [_order(clip.known) for clip in pack.layout.clips]
+        plans = staggered(schedule, [n for order in orders for n in order], stagger)
+        part = None
+        for done, (times, coefficients) in enumerate(zip(*(table.to(x.device) for table in plans), strict=True), start=1):
+            # Frames that have not started tell a causal transformer nothing about those before them, so they are left out.
+            counts = tuple(
+                1 + max(i for i, (n, known) in enumerate(zip(order, clip.known, strict=True)) if known or n * stagger < done)
+                if self.dit.causal
+                else clip.frames
+                for order, clip in zip(orders, pack.layout.clips, strict=True)
+            )
+            if part is None or part.counts != counts:
+                part = pack.part(counts)
+            now, before = x[part.tokens], x0[part.tokens]
+            times = (times[part.frames] * ~part.layout.frame_known).repeat(1 + guided)
+            velocity = self.dit(now.repeat(1 + guided, 1), times, pack.text.tokens, part.model_layout, pack.text_layout)
+            cond, uncond = velocity.chunk(2) if guided else (velocity, None)
+            x[part.tokens], x0[part.tokens] = guided_step(
+                now,
+                cond,
+                uncond,
+                before,
+                coefficients[part.frames],
+                guidance=pack.guidance[part.layout.frame_clips] if guided else None,
+                rows=part.layout.rows("frame"),
+                known=part.layout.coordinates.known,
             )
             if progress is not None:
-                progress(done, len(schedule))
+                progress(done, len(plans[0]))
         return x
 
     def _decode(self, code: Tensor, known: KnownFrames) -> Tensor:
@@ -221,3 +243,8 @@ class Engine:
             pixels = to_float(known.images).to(space.device, space.dtype)
             video = self.vae.decode_space(space, given={index: pixels[None, :, i] for i, index in enumerate(known.indices)})
         return Clip.from_float(video[0].float().cpu()).frames
+
+
+def _order(known: Sequence[bool]) -> list[int]:
+    """The place of each frame of a clip among those that are to be made; of known ones, no matter what."""
+    return [i - sum(known[:i]) for i in range(len(known))]

@@ -141,6 +141,30 @@ def integrate(model: Callable[[torch.Tensor, float], torch.Tensor], x: torch.Ten
     return x
 
 
+def staggered(schedule: Sequence[Step], order: Sequence[int], stagger: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """When frames take the steps of a schedule, the frame of order n starting n * stagger evaluations after the first.
+
+    Returns (times, coefficients), float32 (evaluations, frames) and (evaluations, frames, 5). A frame that waits stays at the first time,
+    one that is done is at time 0; neither changes. So frames are clearer the earlier they are, and each is made knowing more of those
+    before it (Chen et al. 2024, Diffusion Forcing); with a stagger of len(schedule) or more, one after another. Raises ValueError.
+    """
+    check_stagger(stagger)
+    still = (1.0, 0.0, 1.0, 0.0, 0.0)
+    steps = [Step(schedule[0].time, still), *schedule, Step(0.0, still)]
+    order = torch.tensor(order)
+    evaluations = torch.arange(len(schedule) + stagger * int(order.max()))
+    places = (evaluations[:, None] - stagger * order + 1).clamp(0, len(schedule) + 1)
+    times = torch.tensor([step.time for step in steps], dtype=torch.float32)
+    coefficients = torch.tensor([step.coefficients for step in steps], dtype=torch.float32)
+    return times[places], coefficients[places]
+
+
+def check_stagger(stagger: int) -> None:
+    """Raise ValueError for a stagger that is no count of evaluations."""
+    if isinstance(stagger, bool) or not isinstance(stagger, int) or stagger < 0:
+        raise ValueError(f"stagger: expected an integer >= 0, got {stagger!r}")
+
+
 def logit_normal_times(n: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0, shift: float = 1.0) -> torch.Tensor:
     """Training times in (0, 1): the shifted sigmoid of a normal variable (Esser et al. 2024), float32 (n,) on the generator's device."""
     _check_shift(shift)

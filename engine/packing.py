@@ -1,6 +1,6 @@
 """Requests to one pack: every clip keeps its own size and length, and a request gives the same video alone and in any pack."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,15 +63,14 @@ class Request:
 class Pack:
     """Requests ready to sample: their known frames, starting tokens (noise, and the given frames where known), layouts and texts.
 
-    `layout` holds the clips once; `model_layout`, `text` and `text_layout` hold them twice if any is guided: with their prompts, then
-    with their negative prompts.
+    `layout` holds the clips once; `text` and `text_layout` hold them twice if any is guided: with their prompts, then with their negative
+    prompts.
     """
 
     known: tuple[KnownFrames, ...]
     start: Tensor
     guidance: Tensor | None
     layout: VideoLayout
-    model_layout: VideoLayout
     text: PackedText
     text_layout: VideoLayout
 
@@ -100,10 +99,37 @@ class Pack:
             start=start,
             guidance=torch.tensor([request.guidance for request in requests], device=dit.device) if guided else None,
             layout=VideoLayout.pack(grids, known=marks, device=dit.device),
-            model_layout=VideoLayout.pack(grids * (1 + guided), known=marks * (1 + guided), device=dit.device),
             text=encoded,
             text_layout=VideoLayout.segments(encoded.lengths, device=dit.device),
         )
+
+    def part(self, counts: Sequence[int]) -> "Part":
+        """The first counts[i] frames of each clip i, at least one of each."""
+        clips, where, device = self.layout.clips, self.layout.coordinates, self.layout.device
+        grids = [(count, *clip.grid[1:]) for count, clip in zip(counts, clips, strict=True)]
+        known = [clip.known[:count] for count, clip in zip(counts, clips, strict=True)]
+        times = 1 + (self.guidance is not None)
+        kept = [t < count for count, clip in zip(counts, clips, strict=True) for t in range(clip.frames)]
+        return Part(
+            counts=tuple(counts),
+            tokens=(where.t < torch.tensor(counts, device=device)[where.clip.long()]).nonzero()[:, 0],
+            frames=torch.tensor(kept, device=device).nonzero()[:, 0],
+            layout=VideoLayout.pack(grids, known=known, device=device),
+            model_layout=VideoLayout.pack(grids * times, known=known * times, device=device),
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """The first frames of each clip of a pack: how many, their places among its tokens and its frames, and where they lie by themselves;
+    in `model_layout` twice if any request is guided.
+    """
+
+    counts: tuple[int, ...]
+    tokens: Tensor
+    frames: Tensor
+    layout: VideoLayout
+    model_layout: VideoLayout
 
 
 def _start(request: Request, known: KnownFrames, dit: VideoDiT, vae: VideoVAE) -> Tensor:

@@ -247,7 +247,13 @@ def build_clip(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    encoder = TextEncoder(CLIPTextModel(config), tokenizer, str(folder)).eval()
+    model = CLIPTextModel(config)
+    # At CLIP's 0.02 what all words share soon outgrows what tells them apart, if the encoder is trained along with a model that at first
+    # reads only some of them: "circle" and "square" then become one word, and stay so.
+    for name, table in model.named_parameters():
+        if name.endswith("embedding.weight"):
+            nn.init.normal_(table, std=1.0 if "position" in name else 3.0)
+    encoder = TextEncoder(model, tokenizer, str(folder)).eval()
     encoder.save_pretrained(folder)
     return encoder
 

@@ -92,7 +92,7 @@ def test_info(tubelet):
 
 def test_train_both_stages_then_sample_and_measure(tubelet, tmp_path):
     assert tubelet("train", "vae", "-o", "one", "--steps", 2, "--tokens", 32, "--longest-clip", 2)[0] == 0
-    small = ("--width", 32, "--heads", 2, "--blocks", "factorised,full*1", "--mlp", "conv", "--tokens", 64, "--longest-clip", 2)
+    small = ("--width", 32, "--heads", 2, "--blocks", "factorised,full*1", "--local", 1, 1, "--tokens", 64, "--longest-clip", 2)
     code, said = tubelet("train", "dit", "--vae", "one/vae", "-o", "two", "--steps", 2, *small)
     assert code == 0, said
     code, said = tubelet("train", "dit", "--vae", "one/vae", "-o", "two", "--steps", 3, *small)

@@ -1,5 +1,7 @@
 """The whole way with a tiny random model: requests of any size in one pack, known frames, loops and streams."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tubelet.engine import Clip, DiTConfig, Engine, EngineConfig, Request, VAEConfig, VideoDiT, VideoVAE
@@ -16,11 +18,16 @@ def engine(request, tmp_path_factory):
     vae = VideoVAE(VAEConfig(latent_channels=4, width=8, encoder_blocks=1, decoder_blocks=1, time_width=32, time_layers=1))
     channels = 4 if request.param == "space" else 8
     dit = VideoDiT(DiTConfig(channels=channels, width=32, heads=2, blocks=("factorised", "full"), text_width=32))
-    with torch.no_grad():  # outputs and gates start at zero: random ones, or every test would hold for a model that does nothing
+    return Engine(text, randomised(dit), vae, EngineConfig(trained_frames=4))
+
+
+def randomised(dit: VideoDiT) -> VideoDiT:
+    """Outputs and gates start at zero: with random ones no test holds for a model that does nothing."""
+    with torch.no_grad():
         for module in dit.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight.normal_(std=0.1)
-    return Engine(text, dit, vae, EngineConfig(trained_frames=4))
+    return dit
 
 
 def psnr(a: Clip, b: Clip) -> float:
@@ -40,6 +47,35 @@ def test_a_mixed_pack_gives_what_single_runs_give(engine):
         alone = engine.sample(request, steps=3)
         assert packed.frames.shape == (request.frames, request.height, request.width, 3)
         assert psnr(packed, alone) >= 50  # not to the bit: the library's matrix products choose by size
+
+
+@pytest.mark.parametrize("stagger", [1, 3, 8])
+def test_frames_may_lag_behind_those_before(engine, stagger):
+    tuned = Engine(engine.text, engine.dit, engine.vae, EngineConfig(steps=3, solver="euler", stagger=stagger))
+    image = torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8)
+    requests = [Request("a red circle", 4, 32, 48, seed=1), Request("a cross", 3, 32, 32), Request("x", 3, 32, 48, known={1: image})]
+    clips = tuned.sample(requests)
+    for request, packed in zip(requests, clips, strict=True):
+        assert psnr(packed, tuned.sample(request)) >= 50
+        assert not torch.equal(packed.frames, tuned.sample([request], stagger=0)[0].frames)
+    assert torch.equal(clips[2].frames[1], image)
+    seen = []
+    tuned.sample(requests[2], progress=lambda done, of: seen.append((done, of)))
+    assert seen == [(i + 1, 3 + stagger) for i in range(3 + stagger)]  # the known frame waits for nothing and nobody for it
+
+
+def test_frames_that_wait_need_not_be_evaluated(engine, monkeypatch):
+    config = replace(engine.dit.config, blocks=("factorised", "frame_causal"), local_blocks=(1, 1), local_width=16)
+    causal = Engine(engine.text, randomised(VideoDiT(config)), engine.vae, EngineConfig(steps=3, stagger=2))
+    requests = [Request("a cross", 4, 32, 48), Request("a red circle", 5, 32, 32, known={2: torch.zeros(32, 32, 3, dtype=torch.uint8)})]
+    seen, whole = [], VideoDiT.forward
+    monkeypatch.setattr(VideoDiT, "forward", lambda self, x, *rest: (seen.append(len(x)), whole(self, x, *rest))[1])
+    clips = causal.sample(requests)
+    few, _ = sum(seen), seen.clear()
+    monkeypatch.setattr(VideoDiT, "causal", False)
+    for clip, waited in zip(clips, causal.sample(requests), strict=True):
+        assert psnr(clip, waited) >= 50
+    assert few < sum(seen)
 
 
 def test_seeds(engine):
@@ -93,6 +129,7 @@ def test_progress_and_unguided(engine):
         ({"guidance": float("nan")}, "guidance"),
         ({"solver": "magic"}, "solver"),
         ({"steps": -1}, "steps"),
+        ({"stagger": -1}, "stagger"),
         ({"seed": -1}, "seed"),
         ({"known": {7: torch.zeros(32, 48, 3, dtype=torch.uint8)}}, r"known\[7\]"),
         ({"known": {0: torch.zeros(8, 8, 3, dtype=torch.uint8)}}, r"known\[0\]"),

@@ -14,8 +14,10 @@ from tubelet.engine.flow import (
     plan,
     resolution_shift,
     sigmas,
+    staggered,
     velocity_target,
 )
+from tubelet.kernels import guided_step
 
 MEAN, STD = 1.5, 0.4  # the data: N(MEAN, STD^2)
 NOISE = torch.tensor([[-1.3], [0.2], [0.9]], dtype=torch.float64)
@@ -229,6 +231,28 @@ def test_ddim_ends():
 def test_ddim_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         ddim_plan(*arguments)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpm++2m"])
+@pytest.mark.parametrize("stagger", [0, 1, 3, 9])
+def test_staggered_frames_each_take_the_whole_schedule(solver, stagger):
+    schedule, order = plan(solver, 7, 2.0), [0, 1, 2, 0, 1]
+    times, coefficients = staggered(schedule, order, stagger)
+    assert times.shape == (len(schedule) + 2 * stagger, 5) and coefficients.shape == (*times.shape, 5)
+    noise = torch.randn(5, 1, generator=torch.Generator().manual_seed(0))
+    x, x0 = noise, None
+    for i in range(len(times)):
+        velocity = exact_velocity(x, times[i][:, None])
+        x, x0 = guided_step(x, velocity, None, x0, coefficients[i], rows=torch.arange(5, dtype=torch.int32))
+    torch.testing.assert_close(x, integrate(exact_velocity, noise, schedule), rtol=1e-4, atol=1e-5)
+    for frame, n in enumerate(order):
+        assert (times[: n * stagger + 1, frame] == 1).all() and (times[len(schedule) + n * stagger :, frame] == 0).all()
+
+
+@pytest.mark.parametrize("stagger", [-1, 0.5, True, None])
+def test_a_stagger_is_a_count(stagger):
+    with pytest.raises(ValueError, match="stagger: expected an integer >= 0"):
+        staggered(plan("euler", 4), [0], stagger)
 
 
 def test_logit_normal_times():

@@ -40,6 +40,19 @@ def clip_folder(tmp_path_factory):
     return folder
 
 
+@torch.no_grad()
+def test_a_new_encoder_tells_words_and_places_apart(clip_folder):
+    encoder = TextEncoder.from_pretrained(clip_folder)
+
+    def difference(a: str, b: str) -> float:
+        a, b = (encoder([text]).tokens for text in (a, b))
+        return float((a - b).norm(dim=1).max() / a.norm(dim=1).mean())
+
+    for other in ("a red triangle moves left", "a green circle moves left", "a red circle moves right"):
+        assert difference("a red circle moves left", other) > 0.5
+    assert difference("red green", "green red") > 0.5
+
+
 @pytest.fixture(scope="module")
 def clip(clip_folder):
     return TextEncoder.from_pretrained(clip_folder)

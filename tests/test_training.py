@@ -113,6 +113,31 @@ def test_what_is_fixed_stays_and_what_is_trained_moves(folder, tmp_path):
     assert not all(torch.equal(p, trainer.average[name]) for name, p in trainer.parameters.items())
 
 
+def test_slow_parameters_take_a_tenth_of_the_rate(folder, tmp_path):
+    stage = stage_two(folder)
+    before = {name: p.detach().clone() for name, p in stage.named_parameters()}
+    Trainer(stage, tmp_path, TrainerConfig(steps=1, warmup=1, learning_rate=1e-3), hidden(stage), slow=stage.text.parameters()).run(
+        lambda step: {"loss": sum(p.sum() for p in stage.parameters() if p.requires_grad)}, "dit"
+    )
+    moved = {name: float((p - before[name]).abs().median()) for name, p in stage.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in moved} == {"dit", "text"}
+    for name, distance in moved.items():  # AdamW's first step has the length of its rate in every coordinate
+        if id(stage.get_parameter(name)) not in {id(p) for p in hidden(stage)} and not before[name].any():
+            assert distance == pytest.approx(1e-4 if name.startswith("text.") else 1e-3, rel=0.05), name
+
+
+@pytest.mark.parametrize("frame_times", [0.0, 1.0])
+def test_noise_levels_of_frames(folder, frame_times):
+    stage, generator = stage_two(folder, frame_times=frame_times), torch.Generator().manual_seed(0)
+    drawn = torch.stack([stage._times(8, generator) for _ in range(400)])
+    assert ((drawn > 0) & (drawn < 1)).all() and (drawn.std(dim=1) > 0).all() == bool(frame_times)
+    rising = (drawn.diff(dim=1) > 0).all(dim=1).float().mean()
+    assert rising == pytest.approx(0.25 * frame_times, abs=0.08)
+    if frame_times:  # a noisy frame after a clear one, where motion is learned
+        assert ((drawn[:, :-1] < 0.3) & (drawn[:, 1:] > 0.6)).float().mean() > 0.1
+    assert stage._times(1, generator).shape == (1,)
+
+
 def test_known_frames_carry_no_loss(folder, monkeypatch):
     """With all frames but one known, the loss is the error of that frame alone, and the noise of known frames changes nothing."""
     from tubelet.engine.training import stage_two as module

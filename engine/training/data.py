@@ -39,7 +39,7 @@ SPEEDS = {"slow": 0.02, "normal": 0.035, "fast": 0.06}
 """Distance per frame over min(height, width)."""
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 """Unit steps (x, y) in pixels; y points down."""
-MOTIONS = {"still": 0.10, "move": 0.35, "bounce": 0.25, "circle": 0.10, "grow": 0.05, "shrink": 0.05, "behind": 0.10}
+MOTIONS = {"still": 0.07, "move": 0.50, "bounce": 0.18, "circle": 0.07, "grow": 0.04, "shrink": 0.04, "behind": 0.10}
 """How often each is drawn. `move` and `behind` (behind a wall) have a direction; `move`, `bounce` and `circle` have a speed."""
 HELD_OUT = frozenset({("purple", "circle"), ("green", "square"), ("blue", "triangle"), ("yellow", "cross")})
 """(colour, shape) pairs that the train split never draws, to see whether a model composes what it knows."""
@@ -547,7 +547,7 @@ class SizeSampler:
     """Draws clip sizes (frames, height, width) of at most `tokens` tokens, where a token is one frame of `stride` x `stride` pixels.
 
     Sides are multiples of `stride` from `shortest` to `longest`, aspect ratios up to `aspect`; a share `images` of the sizes has one frame,
-    the others 2 up to `longest_clip`, uniformly.
+    the others 2 up to `longest_clip`, uniformly. Of the sizes that are no images a share `usual` is that of (longest_clip, 64, 64).
     """
 
     tokens: int
@@ -558,6 +558,7 @@ class SizeSampler:
     aspect: float = 3.0
     longest_clip: int = 32
     images: float = 0.2
+    usual: float = 0.0
 
     def __post_init__(self) -> None:
         if not self._canvases():
@@ -572,6 +573,8 @@ class SizeSampler:
         rng = np.random.default_rng([self.seed, 0, 5, index])
         image = self.longest_clip == 1 or rng.random() < self.images
         frames = 1 if image else int(rng.integers(2, self.longest_clip + 1))
+        if not image and rng.random() < self.usual and self.longest_clip * 64**2 <= self.tokens * self.stride**2:
+            return self.longest_clip, 64, 64
         # Long clips take the canvases that still fit; if none does, the clip is cut to what the smallest canvas allows.
         canvases = self._canvases()
         frames = min(frames, max(self.tokens * self.stride**2 // (h * w) for h, w in canvases))

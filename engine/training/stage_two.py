@@ -24,11 +24,15 @@ from .data import SizeSampler, World
 @dataclass(frozen=True)
 class StageTwoConfig:
     """tokens: of a step's pack, in `groups` groups of clips of one size. Every `reuse` steps a new group is encoded, which these steps
-    hold; the others are drawn from the last `pool` groups. images: the share of groups of one frame. shift: of the noise levels of an
-    image; what it shows as a whole is decided at levels near 1, which a small shift draws too rarely to learn, and what a clip of T frames
-    shows, which all of them tell, nearer still: there it is sqrt(T) times as much (as a picture's grows with its side, Esser et al. 2024).
-    frame_times: the share of clips whose frames have noise levels of their own (Chen et al. 2024, Diffusion Forcing), evenly drawn: noisy
-    frames then learn early to read their clearer neighbours.
+    hold; the others are drawn from the last `pool` groups. images: the share of groups of one frame; usual: of the others, the
+    share of the longest clips of 64 x 64 pixels; beginnings: the share of which only the first 2 to 4 frames of a longest clip are seen,
+    where what moves has yet to choose its way and nothing but the caption tells it. shift: of the noise levels of an image; what a clip of T frames shows, which all of them tell, is decided nearer to pure noise: there it is sqrt(T) times as much (as a
+    picture's grows with its side, Esser et al. 2024). frame_times: the share of clips whose frames have noise levels of their own (Chen et
+    al. 2024, Diffusion Forcing), as where sampling is staggered: in most of these every frame is either noisy or nearly clear, at random,
+    so that how things move is learned from clear earlier frames; in the others the levels rise from the first frame to the last.
+
+    The loss is the error of the velocity, weighted by (t / 0.5)^2 at the levels t below 0.5 (as Hang et al. 2023, min-SNR, caps the weight
+    of the cleanest levels): what is still uncertain there is finer than what the decoder shows.
     """
 
     tokens: int = 2048
@@ -37,9 +41,11 @@ class StageTwoConfig:
     reuse: int = 2
     longest_clip: int = 16
     images: float = 0.2
+    usual: float = 0.0
+    beginnings: float = 0.0
     long_captions: float = 0.4
     empty_captions: float = 0.1
-    shift: float = 6.0
+    shift: float = 2.0
     frame_times: float = 0.4
     seed: int = 0
 
@@ -68,7 +74,12 @@ class StageTwo(nn.Module):
         self.train_text, self.world, self.config = train_text, world, config
         stride = vae.stride * dit.config.patch[1]
         self.sizes = SizeSampler(
-            config.tokens // config.groups, seed=config.seed, stride=stride, longest_clip=config.longest_clip, images=config.images
+            config.tokens // config.groups,
+            seed=config.seed,
+            stride=stride,
+            longest_clip=config.longest_clip,
+            images=config.images,
+            usual=config.usual,
         )
         self.groups: dict[int, Group] = {}
 
@@ -99,11 +110,14 @@ class StageTwo(nn.Module):
         return Group(*(self._code(x).float() for x in (self.vae.encode(video), self.vae.encode_images(video))), captions)
 
     def _video(self, index: int) -> tuple[Tensor, list[tuple[str, str]]]:
-        frames, height, width = self.sizes.draw(index)
+        seen, height, width = self.sizes.draw(index)
+        frames, rng = seen, np.random.default_rng([self.config.seed, 1, index])
+        if frames > 1 and rng.random() < self.config.beginnings:
+            frames, seen = self.config.longest_clip, min(int(rng.integers(2, 5)), self.config.longest_clip)
         stride = self.vae.stride * self.dit.config.patch[1]
-        count = max(1, self.config.tokens // self.config.groups * stride**2 // (frames * height * width))
+        count = max(1, self.config.tokens // self.config.groups * stride**2 // (seen * height * width))
         samples = [self.world.draw(index * 4096 + i, frames, height, width) for i in range(count)]
-        video = torch.stack([to_float(sample.frames) for sample in samples]).to(self.vae.device)
+        video = torch.stack([to_float(sample.frames[:seen]) for sample in samples]).to(self.vae.device)
         return video, [(sample.caption, sample.long_caption) for sample in samples]
 
     def _code(self, latents: Latents) -> Tensor:
@@ -143,14 +157,19 @@ class StageTwo(nn.Module):
             text = self.text(captions)
         velocity = self.dit(tokens, times, text.tokens, layout, VideoLayout.segments(text.lengths, device=device))
         error = (velocity.float() - velocity_target(target, noise)).square().mean(dim=1)
-        free = ~marked[:, 0]
-        return {"loss": (error * free).sum() / free.sum()}
+        weight = (times[layout.rows("frame").long()] / 0.5).square().clamp(max=1) * ~marked[:, 0]
+        return {"loss": (error * weight).sum() / weight.sum()}
 
     def _times(self, frames: int, generator: torch.Generator) -> Tensor:
         """The noise levels of a clip's frames: the same for all, or for each its own."""
-        if torch.rand((), generator=generator) < self.config.frame_times:
-            return torch.rand(frames, generator=generator)
-        return logit_normal_times(1, generator, shift=self.config.shift * frames**0.5).expand(frames)
+        own, rising = torch.rand(2, generator=generator) < torch.tensor([self.config.frame_times, 0.25])
+        if frames == 1 or not own:
+            return logit_normal_times(1, generator, shift=self.config.shift * frames**0.5).expand(frames)
+        if rising:
+            return torch.rand(frames, generator=generator).sort().values
+        drawn = torch.rand(4, frames, generator=generator)
+        noisy = torch.where(drawn[0] < 0.5, 1 - 0.1 * drawn[1], logit_normal_times(frames, generator, shift=1.5 * self.config.shift))
+        return torch.where(drawn[2] < 0.5, noisy, 0.3 * drawn[3])
 
     def _caption(self, pair: tuple[str, str], rng: np.random.Generator) -> str:
         if rng.random() < self.config.empty_captions:

@@ -11,6 +11,7 @@ import math
 import signal
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,19 +61,25 @@ class Trainer:
 
     `hidden` are the matrices between hidden features: their updates are orthogonalised (Muon, Jordan et al. 2024, scaled to AdamW's
     root mean square as in Liu et al. 2025, "Muon is scalable for LLM training", so that one learning rate serves both). All other
-    parameters take AdamW (Loshchilov & Hutter 2019).
+    parameters take AdamW (Loshchilov & Hutter 2019), those in `slow` at a tenth of the learning rate.
     """
 
-    def __init__(self, model: nn.Module, folder: str | Path, config: TrainerConfig, hidden: Iterable[Tensor] = ()):
+    def __init__(
+        self, model: nn.Module, folder: str | Path, config: TrainerConfig, hidden: Iterable[Tensor] = (), slow: Iterable[Tensor] = ()
+    ):
         self.model, self.config, self.folder = model, config, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         hidden = list(hidden)
         orthogonal = {id(p) for p in hidden}
-        others = [p for p in self.parameters.values() if id(p) not in orthogonal]
+        delayed = {id(p) for p in slow}
+        kinds = defaultdict(list)
+        for p in self.parameters.values():
+            if id(p) not in orthogonal:
+                kinds[p.dim() > 1, id(p) in delayed].append(p)
         groups = [
-            {"params": [p for p in others if p.dim() > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0},
+            {"params": parameters, "weight_decay": config.weight_decay if matrix else 0.0, "share": 0.1 if late else 1.0}
+            for (matrix, late), parameters in kinds.items()
         ]
         self.optimisers = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)]
         if hidden:
@@ -102,7 +109,7 @@ class Trainer:
                 rate = self.config.learning_rate * min(1, (self.step + 1) / self.config.warmup)
                 rate *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.progress))
                 for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
-                    group["lr"] = rate
+                    group["lr"] = rate * group.get("share", 1.0)
                 device = next(iter(self.parameters.values())).device.type
                 with torch.autocast(device, dtype=torch.bfloat16, enabled=self.config.precision == "bf16"):
                     terms = loss(self.step)
