@@ -185,7 +185,8 @@ class VideoDiT(PretrainedModule):
 
 class Condition(nn.Module):
     """What modulates a frame: its noise level, the size of the canvas in tokens and the mean of the text (Podell et al. 2023, SDXL, for
-    the latter two), and the text together with the frame's place in time: what "moves left" says of a frame depends on which it is.
+    the latter two), and what each word of it says, together with the frame's place in time: what "left" says of a frame depends on which
+    it is. The words are read one by one and summed (Zaheer et al. 2017, deep sets), since one alone hardly moves the mean.
     """
 
     def __init__(self, width: int, text_width: int):
@@ -193,6 +194,7 @@ class Condition(nn.Module):
         self.time = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
         self.size = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
         self.text = nn.Sequential(nn.Linear(text_width, width), nn.SiLU(), nn.Linear(width, width))
+        self.words = nn.Sequential(nn.Linear(text_width, width), nn.SiLU(), nn.Linear(width, width))
         self.place = nn.Linear(64, width, bias=False)
         nn.init.zeros_(self.place.weight)
 
@@ -203,7 +205,7 @@ class Condition(nn.Module):
         clips = layout.frame_clips.long()
         place = self.place(waves(layout.positions[layout.frame_starts.long(), 0], 64).to(text.dtype))
         read, *rest = self.text
-        said = read(self._mean(text, text_layout))[clips] + place
+        said = (read(self._mean(text, text_layout)) + _sum(self.words(text), text_layout))[clips] + place
         for layer in rest:
             said = layer(said)
         return F.silu(self.time(waves(1000 * times, 128).to(text.dtype)) + size[clips] + said)
@@ -212,8 +214,12 @@ class Condition(nn.Module):
     def _mean(text: Tensor, layout: VideoLayout) -> Tensor:
         """The mean of each clip's text, (clips, text_width); zeros for an empty one."""
         counts = torch.tensor([max(clip.text_length, 1) for clip in layout.clips], dtype=text.dtype, device=text.device)
-        sums = text.new_zeros(layout.num_clips, text.shape[1]).index_add(0, layout.rows("clip"), text)
-        return sums / counts[:, None]
+        return _sum(text, layout) / counts[:, None]
+
+
+def _sum(text: Tensor, layout: VideoLayout) -> Tensor:
+    """The sum over each clip's text, (clips, channels); zeros for an empty one."""
+    return text.new_zeros(layout.num_clips, text.shape[1]).index_add(0, layout.rows("clip"), text)
 
 
 def waves(values: Tensor, channels: int) -> Tensor:

@@ -13,6 +13,7 @@ from tubelet.engine.training.data import Mixture, PanWorld, ShapesWorld, vocabul
 from tubelet.engine.training.stage_one import StageOne, StageOneConfig
 from tubelet.engine.training.stage_two import StageTwo, StageTwoConfig
 from tubelet.engine.training.trainer import Trainer, TrainerConfig
+from tubelet.engine.video import to_float
 
 TINY_VAE = VAEConfig(latent_channels=4, width=8, encoder_blocks=1, decoder_blocks=1, time_width=32, time_layers=1)
 
@@ -136,6 +137,24 @@ def test_noise_levels_of_frames(folder, frame_times):
     if frame_times:  # a noisy frame after a clear one, where motion is learned
         assert ((drawn[:, :-1] < 0.3) & (drawn[:, 1:] > 0.6)).float().mean() > 0.1
     assert stage._times(1, generator).shape == (1,)
+
+
+def test_beginnings_are_the_first_frames_of_whole_clips(folder):
+    stage = stage_two(folder, images=0.0, beginnings=1.0, longest_clip=8)
+    group = stage.group(0)
+    assert group.beginning and group.codes.shape[2] in (2, 3)
+    _, height, width = stage.sizes.draw(0)
+    whole = to_float(stage.world.draw(0, 8, height, width).frames)[None]
+    with torch.inference_mode():
+        codes = stage.vae.encode(whole).space[:, :, : group.codes.shape[2]]
+    torch.testing.assert_close(group.codes[:1], codes)
+
+    seen = {}
+    stage.dit.forward = lambda tokens, times, *rest: seen.update(times=times) or tokens
+    stage.loss(0)
+    times = seen["times"].view(-1, group.codes.shape[2])  # the first step has no other group
+    assert (times[:, :-1] < 0.3).all() and (times[:, -1] >= 0.9).all()
+    assert not stage_two(folder, images=0.0, longest_clip=8).group(0).beginning
 
 
 def test_known_frames_carry_no_loss(folder, monkeypatch):

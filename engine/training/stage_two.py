@@ -24,12 +24,16 @@ from .data import SizeSampler, World
 @dataclass(frozen=True)
 class StageTwoConfig:
     """tokens: of a step's pack, in `groups` groups of clips of one size. Every `reuse` steps a new group is encoded, which these steps
-    hold; the others are drawn from the last `pool` groups. images: the share of groups of one frame; usual: of the others, the
-    share of the longest clips of 64 x 64 pixels; beginnings: the share of which only the first 2 to 4 frames of a longest clip are seen,
-    where what moves has yet to choose its way and nothing but the caption tells it. shift: of the noise levels of an image; what a clip of T frames shows, which all of them tell, is decided nearer to pure noise: there it is sqrt(T) times as much (as a
-    picture's grows with its side, Esser et al. 2024). frame_times: the share of clips whose frames have noise levels of their own (Chen et
-    al. 2024, Diffusion Forcing), as where sampling is staggered: in most of these every frame is either noisy or nearly clear, at random,
-    so that how things move is learned from clear earlier frames; in the others the levels rise from the first frame to the last.
+    hold; the others are drawn from the last `pool` groups. images: the share of groups of one frame; usual: of the others, the share of
+    the longest clips of 64 x 64 pixels; beginnings: the share that shows only the first 2 or 3 frames of a longest clip, all clear
+    but the last, which is nearly pure noise: what moves has yet to choose its way, and nothing but the caption tells it. In whole clips
+    few frames are such, and what the caption says of motion is learned hundreds of times slower.
+
+    shift: of the noise levels of an image; what a clip of T frames shows, which all of them tell, is decided nearer to pure noise: there
+    it is sqrt(T) times as much (as a picture's grows with its side, Esser et al. 2024). frame_times: the share of clips whose frames have
+    noise levels of their own (Chen et al. 2024, Diffusion Forcing), as where sampling is staggered: in most of these every frame is
+    either noisy or nearly clear, at random, so that how things move is learned from clear earlier frames; in the others the levels rise
+    from the first frame to the last.
 
     The loss is the error of the velocity, weighted by (t / 0.5)^2 at the levels t below 0.5 (as Hang et al. 2023, min-SNR, caps the weight
     of the cleanest levels): what is still uncertain there is finer than what the decoder shows.
@@ -52,11 +56,14 @@ class StageTwoConfig:
 
 @dataclass(frozen=True)
 class Group:
-    """Clips of one size, encoded: codes of the video and of each frame alone, both (clips, channels, T, h, w), and their two captions."""
+    """Clips of one size, encoded: codes of the video and of each frame alone, both (clips, channels, T, h, w), and their two captions.
+    beginning: whether these are the first frames of longer clips.
+    """
 
     codes: Tensor
     alone: Tensor
     captions: list[tuple[str, str]]
+    beginning: bool
 
 
 class StageTwo(nn.Module):
@@ -106,19 +113,22 @@ class StageTwo(nn.Module):
     @torch.no_grad()
     def group(self, index: int) -> Group:
         """Encode group `index`."""
-        video, captions = self._video(index)
-        return Group(*(self._code(x).float() for x in (self.vae.encode(video), self.vae.encode_images(video))), captions)
+        video, captions, beginning = self._video(index)
+        codes, alone = (self._code(latents).float() for latents in (self.vae.encode(video), self.vae.encode_images(video)))
+        return Group(codes, alone, captions, beginning)
 
-    def _video(self, index: int) -> tuple[Tensor, list[tuple[str, str]]]:
-        seen, height, width = self.sizes.draw(index)
-        frames, rng = seen, np.random.default_rng([self.config.seed, 1, index])
-        if frames > 1 and rng.random() < self.config.beginnings:
-            frames, seen = self.config.longest_clip, min(int(rng.integers(2, 5)), self.config.longest_clip)
+    def _video(self, index: int) -> tuple[Tensor, list[tuple[str, str]], bool]:
+        frames, height, width = self.sizes.draw(index)
+        rng = np.random.default_rng([self.config.seed, 1, index])
+        beginning = frames > 1 and rng.random() < self.config.beginnings
+        if beginning:
+            frames = self.config.longest_clip
+        seen = min(int(rng.integers(2, 4)), frames) if beginning else frames
         stride = self.vae.stride * self.dit.config.patch[1]
         count = max(1, self.config.tokens // self.config.groups * stride**2 // (seen * height * width))
         samples = [self.world.draw(index * 4096 + i, frames, height, width) for i in range(count)]
         video = torch.stack([to_float(sample.frames[:seen]) for sample in samples]).to(self.vae.device)
-        return video, [(sample.caption, sample.long_caption) for sample in samples]
+        return video, [(sample.caption, sample.long_caption) for sample in samples], beginning
 
     def _code(self, latents: Latents) -> Tensor:
         return latents.stacked if self.dit.config.channels == 2 * self.vae.config.latent_channels else latents.space
@@ -138,18 +148,24 @@ class StageTwo(nn.Module):
         rng = np.random.default_rng([self.config.seed, step])
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
         device, patch = self.dit.device, self.dit.config.patch
-        clips, alone, known, captions = [], [], [], []
+        clips, alone, known, times, captions = [], [], [], [], []
         for group in self.draw(step, rng):
             clips += [self.dit.normalise(clip) for clip in group.codes]
             alone += [self.dit.normalise(clip) for clip in group.alone]
-            known += [random_known_mask(clip.shape[1], generator) for clip in group.codes]
+            frames = group.codes.shape[2]
+            if group.beginning:
+                known += [torch.zeros(frames, dtype=torch.bool) for _ in group.codes]
+                times += [self._beginning_times(frames, generator) for _ in group.codes]
+            else:
+                known += [random_known_mask(frames, generator) for _ in group.codes]
+                times += [self._times(frames, generator) for _ in group.codes]
             captions += [self._caption(pair, rng) for pair in group.captions]
         grids = [(clip.shape[1], clip.shape[2] // patch[1], clip.shape[3] // patch[2]) for clip in clips]
         layout = VideoLayout.pack(grids, known=[mask.tolist() for mask in known], device=device)
 
         target, given = patchify(clips, patch), patchify(alone, patch)
         noise = torch.randn(target.shape, generator=generator).to(device)
-        times = torch.cat([self._times(len(mask), generator) for mask in known]).to(device) * ~torch.cat(known).to(device)
+        times = torch.cat(times).to(device) * ~torch.cat(known).to(device)
         marked = layout.coordinates.known[:, None]
         tokens = torch.where(marked, given, interpolate(target, noise, times[layout.rows("frame").long()]))
 
@@ -170,6 +186,12 @@ class StageTwo(nn.Module):
         drawn = torch.rand(4, frames, generator=generator)
         noisy = torch.where(drawn[0] < 0.5, 1 - 0.1 * drawn[1], logit_normal_times(frames, generator, shift=1.5 * self.config.shift))
         return torch.where(drawn[2] < 0.5, noisy, 0.3 * drawn[3])
+
+    @staticmethod
+    def _beginning_times(frames: int, generator: torch.Generator) -> Tensor:
+        """Nearly clear, and the last frame nearly pure noise."""
+        drawn = torch.rand(frames, generator=generator)
+        return torch.cat((0.3 * drawn[:-1], 1 - 0.1 * drawn[-1:]))
 
     def _caption(self, pair: tuple[str, str], rng: np.random.Generator) -> str:
         if rng.random() < self.config.empty_captions:
