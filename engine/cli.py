@@ -221,11 +221,12 @@ def train_dit(
     learning_rate: Rate = 2e-3,
     tokens: Annotated[int, typer.Option(help="Tokens of a step's pack.")] = 2048,
     shift: Annotated[float, typer.Option(help="Shift of the noise levels: the higher, the more often near pure noise.")] = 2.0,
-    longest_clip: LongestClip = 16,
-    images: Annotated[float, typer.Option(help="Share of images; many at first teach appearance faster.")] = 0.2,
-    usual: Annotated[float, typer.Option(help="Share, of the videos, of the longest clips of 64x64 pixels.")] = 0.0,
-    beginnings: Annotated[float, typer.Option(help="Share, of the videos, of which only the first frames are seen.")] = 0.0,
-    frame_times: Annotated[float, typer.Option(help="Share of clips whose frames differ in their noise levels.")] = 0.4,
+    longest_clip: LongestClip = 32,
+    images: Annotated[float, typer.Option(help="Share of images; many at first teach appearance faster.")] = 0.1,
+    usual: Annotated[float, typer.Option(help="Share, of the videos, of clips of 64x64 pixels and usual-frames frames.")] = 0.75,
+    usual_frames: Annotated[int, typer.Option(min=1, help="Frames of these.")] = 16,
+    beginnings: Annotated[float, typer.Option(help="Share, of the videos, of which only the first frames are seen.")] = 0.3,
+    frame_times: Annotated[float, typer.Option(help="Share of clips whose frames differ in their noise levels.")] = 0.9,
     precision: Precision = "bf16",
     seed: Seed = 0,
     device: Device = None,
@@ -261,12 +262,13 @@ def train_dit(
             encoder = TextEncoder.from_pretrained(text, device=where)
         channels = first.config.latent_channels * (2 if latents == "both" else 1)
         dit = VideoDiT(DiTConfig(channels, width=width, heads=heads, blocks=kinds, local_blocks=local, text_width=encoder.dim)).to(where)
-        sampling = EngineConfig(shift=shift, stagger=2 if frame_times else 0)
+        sampling = EngineConfig(steps=12 if frame_times else 24, shift=shift, guidance=2.0, stagger=6 if frame_times else 0)
     config = StageTwoConfig(
         tokens,
         longest_clip=longest_clip,
         images=images,
         usual=usual,
+        usual_frames=usual_frames,
         beginnings=beginnings,
         shift=shift,
         frame_times=frame_times,

@@ -109,7 +109,7 @@ def test_loop_and_stream(engine):
 def test_a_request_is_guided_as_the_model_was_tuned_unless_it_says_otherwise(engine):
     tuned = Engine(engine.text, engine.dit, engine.vae, EngineConfig(steps=2, guidance=3.0))
     plain, other, given = tuned.sample([Request("x", 2, 32, 32, guidance=guidance) for guidance in (None, 1.0, 3.0)])
-    assert torch.equal(plain.frames, given.frames) and not torch.equal(plain.frames, other.frames)
+    assert psnr(plain, given) >= 50 > psnr(plain, other)  # not to the bit: they lie in different places of the pack
     assert torch.equal(tuned.sample("x", frames=2, height=32, width=32).frames, tuned.sample(Request("x", 2, 32, 32)).frames)
 
 

@@ -33,7 +33,7 @@ def stage_two(folder, channels=4, train_text=True, **options) -> StageTwo:
     torch.manual_seed(0)
     text = build_clip(vocabulary_captions(400), folder, dim=32, layers=1, heads=2, max_length=48)
     dit = VideoDiT(DiTConfig(channels=channels, width=32, heads=2, blocks=("factorised",), text_width=32))
-    options = {"tokens": 128, "groups": 2, "pool": 8, "longest_clip": 4} | options
+    options = {"tokens": 128, "groups": 2, "pool": 8, "longest_clip": 4, "usual": 0.0, "beginnings": 0.0} | options
     return StageTwo(dit, text, VideoVAE(TINY_VAE), ShapesWorld(), StageTwoConfig(**options), train_text=train_text)
 
 
@@ -94,12 +94,26 @@ def test_the_decoder_alone(tmp_path):
 
 @pytest.mark.parametrize("channels", [4, 8])
 def test_stage_two_learns(folder, tmp_path, channels):
+    """Steps that it never saw, the same ones before and after: the losses of single steps differ too much to compare one with another."""
     stage = stage_two(folder, channels)
-    trainer = Trainer(stage, tmp_path, TrainerConfig(steps=60, warmup=5, learning_rate=4e-3, log_every=10), hidden(stage))
     stage.measure(4)
-    trainer.run(stage.loss, "dit")
+
+    def unseen():
+        return np.mean([float(stage.loss(100_000 + i)["loss"].detach()) for i in range(16)])
+
+    before = unseen()
+    Trainer(stage, tmp_path, TrainerConfig(steps=120, warmup=5, learning_rate=4e-3), hidden(stage)).run(stage.loss, "dit")
+    assert unseen() < 0.88 * before
+
+
+@pytest.mark.parametrize("channels", [4, 8])
+def test_stage_two_learns_one_step_by_heart(folder, tmp_path, channels):
+    stage = stage_two(folder, channels)
+    stage.measure(4)
+    trainer = Trainer(stage, tmp_path, TrainerConfig(steps=100, warmup=5, learning_rate=4e-3, log_every=10), hidden(stage))
+    trainer.run(lambda _: stage.loss(3), "dit")
     first, *_, last = log(tmp_path)
-    assert last["loss"] < 0.8 * first["loss"]
+    assert last["loss"] < 0.25 * first["loss"]
 
 
 def test_what_is_fixed_stays_and_what_is_trained_moves(folder, tmp_path):
@@ -120,7 +134,7 @@ def test_slow_parameters_take_a_tenth_of_the_rate(folder, tmp_path):
     Trainer(stage, tmp_path, TrainerConfig(steps=1, warmup=1, learning_rate=1e-3), hidden(stage), slow=stage.text.parameters()).run(
         lambda step: {"loss": sum(p.sum() for p in stage.parameters() if p.requires_grad)}, "dit"
     )
-    moved = {name: float((p - before[name]).abs().median()) for name, p in stage.named_parameters() if p.requires_grad}
+    moved = {name: float((p.detach() - before[name]).abs().median()) for name, p in stage.named_parameters() if p.requires_grad}
     assert {name.split(".")[0] for name in moved} == {"dit", "text"}
     for name, distance in moved.items():  # AdamW's first step has the length of its rate in every coordinate
         if id(stage.get_parameter(name)) not in {id(p) for p in hidden(stage)} and not before[name].any():

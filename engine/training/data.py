@@ -547,7 +547,8 @@ class SizeSampler:
     """Draws clip sizes (frames, height, width) of at most `tokens` tokens, where a token is one frame of `stride` x `stride` pixels.
 
     Sides are multiples of `stride` from `shortest` to `longest`, aspect ratios up to `aspect`; a share `images` of the sizes has one frame,
-    the others 2 up to `longest_clip`, uniformly. Of the sizes that are no images a share `usual` is that of (longest_clip, 64, 64).
+    the others 2 up to `longest_clip`, uniformly. Of the sizes that are no images a share `usual` is that of (usual_frames, 64, 64), or of
+    `longest_clip` frames where that is less.
     """
 
     tokens: int
@@ -559,6 +560,7 @@ class SizeSampler:
     longest_clip: int = 32
     images: float = 0.2
     usual: float = 0.0
+    usual_frames: int = 16
 
     def __post_init__(self) -> None:
         if not self._canvases():
@@ -573,8 +575,9 @@ class SizeSampler:
         rng = np.random.default_rng([self.seed, 0, 5, index])
         image = self.longest_clip == 1 or rng.random() < self.images
         frames = 1 if image else int(rng.integers(2, self.longest_clip + 1))
-        if not image and rng.random() < self.usual and self.longest_clip * 64**2 <= self.tokens * self.stride**2:
-            return self.longest_clip, 64, 64
+        usual = min(self.usual_frames, self.longest_clip)
+        if not image and rng.random() < self.usual and usual * 64**2 <= self.tokens * self.stride**2:
+            return usual, 64, 64
         # Long clips take the canvases that still fit; if none does, the clip is cut to what the smallest canvas allows.
         canvases = self._canvases()
         frames = min(frames, max(self.tokens * self.stride**2 // (h * w) for h, w in canvases))

@@ -25,9 +25,9 @@ from .data import SizeSampler, World
 class StageTwoConfig:
     """tokens: of a step's pack, in `groups` groups of clips of one size. Every `reuse` steps a new group is encoded, which these steps
     hold; the others are drawn from the last `pool` groups. images: the share of groups of one frame; usual: of the others, the share of
-    the longest clips of 64 x 64 pixels; beginnings: the share that shows only the first 2 or 3 frames of a longest clip, all clear
-    but the last, which is nearly pure noise: what moves has yet to choose its way, and nothing but the caption tells it. In whole clips
-    few frames are such, and what the caption says of motion is learned hundreds of times slower.
+    clips of `usual_frames` frames of 64 x 64 pixels; beginnings: the share that shows only the first 2 or 3 frames of clips of
+    `usual_frames`, all clear but the last, which is nearly pure noise: what moves has yet to choose its way, and nothing but the caption
+    tells it. In whole clips few frames are such, and what the caption says of motion is learned hundreds of times slower.
 
     shift: of the noise levels of an image; what a clip of T frames shows, which all of them tell, is decided nearer to pure noise: there
     it is sqrt(T) times as much (as a picture's grows with its side, Esser et al. 2024). frame_times: the share of clips whose frames have
@@ -43,14 +43,15 @@ class StageTwoConfig:
     groups: int = 3
     pool: int = 256
     reuse: int = 2
-    longest_clip: int = 16
-    images: float = 0.2
-    usual: float = 0.0
-    beginnings: float = 0.0
+    longest_clip: int = 32
+    images: float = 0.1
+    usual: float = 0.75
+    usual_frames: int = 16
+    beginnings: float = 0.3
     long_captions: float = 0.4
     empty_captions: float = 0.1
     shift: float = 2.0
-    frame_times: float = 0.4
+    frame_times: float = 0.9
     seed: int = 0
 
 
@@ -87,6 +88,7 @@ class StageTwo(nn.Module):
             longest_clip=config.longest_clip,
             images=config.images,
             usual=config.usual,
+            usual_frames=config.usual_frames,
         )
         self.groups: dict[int, Group] = {}
 
@@ -122,7 +124,7 @@ class StageTwo(nn.Module):
         rng = np.random.default_rng([self.config.seed, 1, index])
         beginning = frames > 1 and rng.random() < self.config.beginnings
         if beginning:
-            frames = self.config.longest_clip
+            frames = min(self.config.usual_frames, self.config.longest_clip)
         seen = min(int(rng.integers(2, 4)), frames) if beginning else frames
         stride = self.vae.stride * self.dit.config.patch[1]
         count = max(1, self.config.tokens // self.config.groups * stride**2 // (seen * height * width))
