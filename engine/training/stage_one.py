@@ -1,10 +1,11 @@
 """Stage one: the VAE learns to code images and video by itself, without captions.
 
-    loss = log(sd) + kl_weight * KL(q(S|x) || p(S|H)) / values,   sd^2 the mean squared error of the step
+    loss = log(sd) + kl_weight * KL(q(S|x) || p(S|H)) / values,   sd^2 = mean squared error of the step + that of enough_psnr
 
 The first term is a Gaussian likelihood at its optimal variance (sigma-VAE, Rybkin et al. 2021): a nat of rate keeps its price as the
-pictures get better. The rate must cost something, else H is ignored. DropLoss (TECO): each step decodes a random share of the frames,
-while the time transformer sees all.
+pictures get better, until they are good enough. An error below that of enough_psnr is worth no rate: S, which can always tell more, would
+else never leave anything to H. For the same reason the rate must cost something. DropLoss (TECO): each step decodes a random share of the
+frames, while the time transformer sees all.
 """
 
 from dataclasses import dataclass
@@ -20,13 +21,15 @@ from .data import SizeSampler, World
 @dataclass(frozen=True)
 class StageOneConfig:
     """frame_tokens: the size of a step in frames of 16 x 16 pixels. kl_weight is reached linearly over the first kl_warmup steps.
-    decoder_only: the latents stay as they are, so that a transformer that knows them stays valid.
+    enough_psnr: in dB, where finer pictures stop to count. decoder_only: the latents stay as they are, so that a transformer that knows
+    them stays valid.
     """
 
     frame_tokens: int = 1536
     longest_clip: int = 16
     kl_weight: float = 1.0
     kl_warmup: int = 400
+    enough_psnr: float = 45.0
     decoded_share: float = 0.5
     decoder_only: bool = False
     seed: int = 0
@@ -63,4 +66,5 @@ class StageOne:
         error = (decoded.float() - video[:, :, kept]).square().mean()
         weight = self.config.kl_weight * min(1.0, (step + 1) / self.config.kl_warmup)
         # An L2 error in [-1, 1] is four times the one in [0, 1] that PSNR is said in.
-        return {"loss": 0.5 * error.log() + weight * nats, "psnr": -10 * torch.log10(error.detach() / 4), "nats": nats}
+        counted = error + 4 * 10 ** (-self.config.enough_psnr / 10)
+        return {"loss": 0.5 * counted.log() + weight * nats, "psnr": -10 * torch.log10(error.detach() / 4), "nats": nats}
