@@ -68,7 +68,8 @@ def sample(
     """Make a video from a prompt."""
     from .conditioning import extend_backward, extend_forward
     from .engine import Engine
-    from .video import FORMATS, Clip, check_parent, fit, load_image
+    from .pretrained import check_parent
+    from .video import FORMATS, Clip, fit, load_image
 
     if not prompt.strip():
         raise ValueError("prompt: expected a description of the video, got an empty one")
@@ -298,9 +299,9 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out clips and prompts, read off the pixels by a fixed oracle."""
     from .engine import Engine
-    from .pretrained import write_whole
+    from .pretrained import check_parent, write_whole
     from .training.evaluate import EvalConfig, evaluate
-    from .video import check_parent, contact_sheet, save_png
+    from .video import contact_sheet, save_png
 
     for path in (out, sheet):
         if path is not None:

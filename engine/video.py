@@ -3,8 +3,6 @@ or not at all.
 """
 
 import io
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .font import text_image
+from .pretrained import check_parent, write_whole
 
 FORMATS = (".mp4", ".gif", ".png", ".npy")
 
@@ -114,15 +113,15 @@ class Clip:
         elif path.suffix.lower() not in FORMATS:
             raise ValueError(f"{path}: expected a name that ends in {', '.join(FORMATS)}, or a folder")
         elif path.suffix.lower() == ".mp4":
-            write_file(path, self._mp4())
+            write_whole(path, self._mp4())
         elif path.suffix.lower() == ".gif":
-            write_file(path, self._gif())
+            write_whole(path, self._gif())
         elif path.suffix.lower() == ".npy":
             buffer = io.BytesIO()
             np.save(buffer, self.numpy())
-            write_file(path, buffer.getvalue())
+            write_whole(path, buffer.getvalue())
         else:
-            write_file(path, encode_png(self.frames[0] if len(self) == 1 else contact_sheet([self])))
+            write_whole(path, encode_png(self.frames[0] if len(self) == 1 else contact_sheet([self])))
 
     def save_frames(self, folder: str | Path) -> None:
         """Write numbered PNG frames to a folder, which is made if it is missing: all of them, or none."""
@@ -136,7 +135,7 @@ class Clip:
             for i, image in enumerate(images):
                 name = folder / f"{i:05d}.png"
                 existed = name.exists()
-                write_file(name, image)
+                write_whole(name, image)
                 if not existed:
                     written.append(name)
         except OSError:
@@ -201,7 +200,7 @@ def load_image(path: str | Path) -> Tensor:
 
 def save_png(image: Tensor, path: str | Path) -> None:
     """Write an image, uint8 (H, W, 3)."""
-    write_file(Path(path), encode_png(image))
+    write_whole(Path(path), encode_png(image))
 
 
 def contact_sheet(clips: Sequence[Clip], captions: Sequence[str] | None = None, *, columns: int = 8, scale: int = 2) -> Tensor:
@@ -222,32 +221,6 @@ def contact_sheet(clips: Sequence[Clip], captions: Sequence[str] | None = None, 
 
 def encode_png(image: Tensor) -> bytes:
     return _encode(image.numpy()[None], 1, "image2pipe", "png", "rgb24", {})
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write whole or not at all: to a new file beside it, which then takes its name. Raises OSError naming the path."""
-    check_parent(path)
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise OSError(error.errno, f"{path}: cannot be written: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(name, path)
-    except OSError as error:
-        raise OSError(error.errno, f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def check_parent(path: Path) -> None:
-    """Raise FileNotFoundError if there is no folder to write `path` in."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: cannot be written: there is no folder {path.parent}")
 
 
 def _rate(fps: float) -> Fraction:

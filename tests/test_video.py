@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from tubelet.engine import Clip
-from tubelet.engine.video import contact_sheet, fit, load_image, write_file
+from tubelet.engine.pretrained import write_whole
+from tubelet.engine.video import contact_sheet, fit, load_image
 
 
 def make_clip(frames=6, height=32, width=48, fps=8.0) -> Clip:
@@ -180,5 +181,5 @@ def test_a_full_disk_halfway_through_a_folder_leaves_none_of_it(tmp_path, monkey
 
 
 def test_files_can_be_read_by_others(tmp_path):
-    write_file(tmp_path / "a", b"x")
+    write_whole(tmp_path / "a", b"x")
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
