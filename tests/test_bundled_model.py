@@ -10,7 +10,7 @@ import torch
 from tubelet.engine import Engine
 from tubelet.engine.engine import BUNDLED
 from tubelet.engine.training.data import ShapesWorld, vocabulary_captions
-from tubelet.engine.training.evaluate import psnr
+from tubelet.engine.training.evaluate import EvalConfig, prompt_faithfulness, psnr
 from tubelet.engine.video import Clip, to_float
 
 
@@ -51,3 +51,10 @@ def test_its_vae_shows_clips_that_it_never_saw(engine):
 def test_it_samples_every_size(engine, frames, height, width):
     clip = engine.sample("a red circle moves right on a white background", frames=frames, height=height, width=width, steps=4)
     assert clip.frames.shape == (frames, height, width, 3)
+
+
+def test_it_shows_what_prompts_say(engine):
+    config = EvalConfig(prompts=12, frames=12, batch=12, seed=3)
+    figures, _ = prompt_faithfulness(engine, config, lambda items, name: items)
+    assert min(figures["colour"], figures["background"]) >= 0.9
+    assert min(figures["shape"], figures["direction"]) >= 0.5 > max(figures["shuffled_shape"], figures["shuffled_direction"])
