@@ -1,6 +1,6 @@
 """Kernels for video transformers over packs of clips. Needs torch alone on a CPU, and triton on a GPU."""
 
-from .attention import attention
+from .attention import attention, merge_attention
 from .dispatch import Engagement, engaged, reset_engaged
 from .guidance import guided_step
 from .layout import Capacity, ClipSpan, VideoLayout
@@ -26,6 +26,7 @@ __all__ = [
     "gated_residual",
     "grid_of",
     "guided_step",
+    "merge_attention",
     "modulated_norm",
     "patch_embed",
     "patchify",

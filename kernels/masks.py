@@ -1,8 +1,8 @@
 """Who may attend to whom, said as a rule on coordinates.
 
 Each mask is one predicate on the frame t of a query and the frame u of a key (and whether that key frame is known), plus whether the two
-must lie at the same site (h, w). The predicate uses only operators that ints, NumPy arrays and tensors share, so the dense reference, the
-schedule of the blocks and other libraries' mask functions are all derived from the same line.
+must lie at the same site (h, w). All of them are cases of `visible`, which uses only operators that ints, NumPy arrays, tensors and
+Triton's blocks share: the dense reference, the schedule of the blocks, the kernels and other libraries' mask functions all come from it.
 
 Clips never see each other. Text segments of a joint layout see, and are seen by, every token of their clip. Known frames are the prefix of
 a prefix language model (Raffel et al. 2020): causal masks let every query of the clip see them, also from earlier frames.
@@ -28,15 +28,46 @@ class Coordinates(NamedTuple):
         return Coordinates(*(field[item] for field in tuple(self)))
 
 
+def visible(t, u, known, causal, chunk, window, sink, sees_known):
+    """May a query in frame t see a key in frame u? Broadcasts; `known` says whether frame u is known.
+
+    Frames count in chunks: those of earlier and equal chunks are seen if `causal`, all of them else; of these, with a `window` (0: none),
+    chunks less than `window` apart or frames before `sink`; and, if `sees_known`, every known frame.
+    """
+    seen = u // chunk <= t // chunk if causal else (u == u) & (t == t)
+    if window > 0:
+        near = (t // chunk - u // chunk < window) & (u // chunk - t // chunk < window)
+        if sink > 0:
+            near = near | (u < sink)
+        seen = seen & near
+    if sees_known:
+        seen = seen | known
+    return seen
+
+
+class Rule(NamedTuple):
+    """What `visible` asks of a mask."""
+
+    causal: bool = False
+    chunk: int = 1
+    window: int = 0
+    sink: int = 0
+    sees_known: bool = False
+
+
 @dataclass(frozen=True)
 class Mask:
     """A rule on frames; `same_site` restricts it further to equal (h, w)."""
 
     same_site: ClassVar[bool] = False
 
+    def as_rule(self) -> Rule:
+        """The mask as a case of `visible`."""
+        raise TypeError("Mask is abstract: use Full, Spatial, Temporal or FrameCausal")
+
     def rule(self, t: Any, u: Any, known: Any) -> Any:
         """May a query in frame t see a key in frame u? Broadcasts; `known` says whether frame u is known."""
-        raise TypeError("Mask is abstract: use Full, Spatial, Temporal or FrameCausal")
+        return visible(t, u, known, *self.as_rule())
 
     def allowed(self, query: Coordinates, key: Coordinates) -> torch.Tensor:
         """The whole predicate on token coordinates, a bool tensor of their broadcast shape."""
@@ -50,16 +81,16 @@ class Mask:
 class Full(Mask):
     """Every token of the clip."""
 
-    def rule(self, t, u, known):
-        return (t == t) & (u == u)
+    def as_rule(self) -> Rule:
+        return Rule()
 
 
 @dataclass(frozen=True)
 class Spatial(Mask):
     """Tokens of the same frame: u == t."""
 
-    def rule(self, t, u, known):
-        return u == t
+    def as_rule(self) -> Rule:
+        return Rule(window=1)
 
 
 @dataclass(frozen=True)
@@ -73,11 +104,8 @@ class Temporal(Mask):
     def __post_init__(self):
         _check_count("window", self.window, optional=True)
 
-    def rule(self, t, u, known):
-        seen = (u <= t) if self.causal else (u == u) & (t == t)
-        if self.window is not None:
-            seen = seen & (t - u < self.window) & (u - t < self.window)
-        return seen | known
+    def as_rule(self) -> Rule:
+        return Rule(self.causal, window=self.window or 0, sees_known=True)
 
 
 @dataclass(frozen=True)
@@ -96,11 +124,8 @@ class FrameCausal(Mask):
         if not isinstance(self.sink, int) or self.sink < 0:
             raise ValueError(f"sink: expected a number of frames >= 0, got {self.sink!r}")
 
-    def rule(self, t, u, known):
-        seen = u // self.chunk <= t // self.chunk
-        if self.window is not None:
-            seen = seen & ((t // self.chunk - u // self.chunk < self.window) | (u < self.sink))
-        return seen | known
+    def as_rule(self) -> Rule:
+        return Rule(True, self.chunk, self.window or 0, self.sink, sees_known=True)
 
 
 def _check_count(name: str, value: int | None, optional: bool = False) -> None:

@@ -5,17 +5,27 @@ matrix exists.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from ..dispatch import select
 from ..layout import VideoLayout
 from ..masks import Mask
-from .grouped import attention_grouped
+from .grouped import attention_grouped, attention_grouped_lse
+from .merge import merge_attention
 from .reference import attention_reference
 
-__all__ = ["attention"]
+try:
+    from . import block
+except ModuleNotFoundError as error:  # a CPU needs no triton
+    if error.name != "triton":
+        raise
+    block = None
 
+__all__ = ["attention", "merge_attention"]
+
+NO_GLUON = "this op has no Gluon kernel yet"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -28,16 +38,19 @@ def attention(
     *,
     kv_layout: VideoLayout | None = None,
     scale: float | None = None,
+    return_lse: bool = False,
     implementation: str = "auto",
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of each clip of a pack to itself or to the same clip of another pack.
 
     q: (tokens, heads, head_dim); k, v: (kv tokens, kv heads, head_dim), kv heads dividing heads; any strides but a unit last one, so views
     of a fused QKV tensor serve. layout: where the queries lie. mask: `Full()`, `Spatial()`, `Temporal(...)` or `FrameCausal(...)`.
     kv_layout: where keys and values lie if not in `layout` (text for cross-attention; a longer clip for a cache), clip i attending to clip
-    i. scale: 1 / sqrt(head_dim) by default.
+    i. scale: 1 / sqrt(head_dim) by default. return_lse: also return the log of the sum of exp(scale * q k^T) over each query's keys, with
+    which `merge_attention` joins results over parts of the keys; gradients do not flow back through it.
 
-    Returns (tokens, heads, head_dim) in q's dtype; a query with no visible key, and every token past the end of the pack, gets zeros.
+    Returns out (tokens, heads, head_dim) in q's dtype, or (out, lse) with lse (heads, tokens), float32 (float64 for float64). A query with
+    no visible key, and every token past the end of the pack, gets zeros and an lse of -inf.
     Raises ValueError or TypeError for a wrong shape, dtype, device or stride, or for an implementation that cannot run here.
     """
     kv_layout = layout if kv_layout is None else kv_layout
@@ -46,13 +59,22 @@ def attention(
         scale = 1 / math.sqrt(q.shape[-1])
     elif not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    run = select(
-        "attention",
-        implementation,
-        {"torch": attention_grouped, "reference": attention_reference},
-        {"triton": "this op has no Triton kernel yet", "gluon": "this op has no Gluon kernel yet"},
-    )
-    return run(q, k, v, layout, mask, kv_layout, scale)
+    run = select("attention", implementation, *_implementations(q, return_lse))
+    result = run(q, k, v, layout, mask, kv_layout, scale)
+    if isinstance(result, torch.Tensor):
+        return result
+    out, lse = result
+    return (out, lse.detach()) if return_lse else out
+
+
+def _implementations(q: torch.Tensor, return_lse: bool) -> tuple[dict[str, Callable], dict[str, str]]:
+    """What can run on q, the preferred first, and why the rest cannot."""
+    available = {"torch": attention_grouped_lse if return_lse else attention_grouped, "reference": attention_reference}
+    reason = "triton is not installed" if block is None else block.unavailable(q)
+    if reason is not None:
+        return available, {"triton": f"the Triton kernel: {reason}", "gluon": NO_GLUON}
+    triton = {"triton": block.attention_block}
+    return triton | available if q.device.type == "cuda" else available | triton, {"gluon": NO_GLUON}
 
 
 def _check(q, k, v, layout, mask, kv_layout) -> None:

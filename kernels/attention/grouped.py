@@ -37,37 +37,63 @@ class Batch:
 def attention_grouped(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, mask: Mask, kv_layout: VideoLayout, scale: float
 ) -> torch.Tensor:
-    """Same arguments and result as `attention_reference`, in q's dtype."""
+    """Same arguments and `out` as of `attention_reference`."""
+    return _grouped(q, k, v, layout, mask, kv_layout, scale, with_lse=False)[0]
+
+
+def attention_grouped_lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, mask: Mask, kv_layout: VideoLayout, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Same arguments and result as `attention_reference`. SDPA tells no lse, so the scores are written out."""
+    out, lse = _grouped(q, k, v, layout, mask, kv_layout, scale, with_lse=True)
+    return out, lse.T
+
+
+def _grouped(q, k, v, layout, mask, kv_layout, scale, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out (tokens, heads, d), lse (tokens, heads) or None)."""
     batches = _batches(layout, mask, kv_layout)
-    outs, places = [], []
+    outs, sums, places = [], [], []
     for batch in batches:
-        out = _attend(
+        out, lse = _attend(
             _take(q, batch.queries, batch.queries_view).transpose(1, 2),
             _take(k, batch.keys, batch.keys_view).transpose(1, 2),
             _take(v, batch.keys, batch.keys_view).transpose(1, 2),
             batch.visible,
             scale,
-        ).transpose(1, 2)
-        if len(batches) == 1 and batch.queries_view is not None and batch.queries.numel() == q.shape[0]:
-            return _put_view(out, batch.queries_view)
+            with_lse,
+        )
+        out = out.transpose(1, 2)
+        if not with_lse and len(batches) == 1 and batch.queries_view is not None and batch.queries.numel() == q.shape[0]:
+            return _put_view(out, batch.queries_view), None
         outs.append(out.flatten(0, 1))
+        if with_lse:
+            sums.append(lse.transpose(1, 2).flatten(0, 1))
         places.append(batch.queries.flatten())
     result = q.new_zeros(*q.shape[:2], v.shape[2])
-    return result.index_copy(0, torch.cat(places), torch.cat(outs)) if outs else result
+    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device) if with_lse else None
+    if not outs:
+        return result, lse
+    places = torch.cat(places)
+    return result.index_copy(0, places, torch.cat(outs)), lse.index_copy(0, places, torch.cat(sums)) if with_lse else None
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, scale: float) -> torch.Tensor:
-    """softmax(scale q k^T) v over (n, heads, m, d)."""
-    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled() and q.requires_grad:
-        # SDPA's low-precision backward on a CPU is several times slower than these products on blocks as short as frames and sites.
-        groups = q.shape[1] // k.shape[1]
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        logits = (q * scale) @ k.transpose(-1, -2)
-        if visible is not None:
-            logits = logits.masked_fill(~visible, -torch.inf)
-        return logits.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, scale: float, with_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """softmax(scale q k^T) v over (n, heads, m, d), and its log-sum-exp (n, heads, m) if that is asked for."""
+    half_training = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled() and q.requires_grad
+    if not with_lse and not half_training:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1]), None
+    # SDPA's low-precision backward on a CPU is several times slower than these products on blocks as short as frames and sites.
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    logits = (q * scale) @ k.transpose(-1, -2)
+    if visible is not None:
+        logits = logits.masked_fill(~visible, -torch.inf)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    lse = logits.to(wide).logsumexp(dim=-1) if with_lse else None
+    return logits.softmax(dim=-1, dtype=wide).to(v.dtype) @ v, lse
 
 
 def _take(x: torch.Tensor, index: torch.Tensor, view: tuple[int, ...] | None) -> torch.Tensor:

@@ -1,0 +1,244 @@
+"""The block kernel against the float64 definition: interpreted on a CPU, compiled on a GPU (-m gpu, with bfloat16 and real sizes).
+
+Tiles are as small as they can be where the interpreter runs them, so that small clips have whole tiles, edges and several of each.
+"""
+
+import pytest
+import test_attention as attention_tests
+import torch
+from hypothesis import given, settings
+from test_attention import (
+    EVERY_THIRD,
+    FEW_LAYOUTS,
+    FEW_MASKS,
+    LAYOUTS,
+    MASKS,
+    alone,
+    definition,
+    fused_by_head,
+    fused_by_part,
+    heads_first,
+    leaves,
+    masks,
+    packs,
+    randn,
+    wider_heads,
+)
+from tolerance import TOLERANCE, assert_close
+from tubelet.kernels import Capacity, FrameCausal, Full, Spatial, Temporal, VideoLayout, attention, engaged, reset_engaged
+
+block = pytest.importorskip("tubelet.kernels.attention.block", reason="triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's NumPy on infinities and NaN that are meant
+    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
+]
+
+SMALL = block.Configs(*[block.Config(16, 16, 4, 1)] * 3)
+UNEVEN = block.Configs(block.Config(32, 16, 4, 1), block.Config(16, 32, 4, 1), block.Config(32, 16, 4, 1))
+
+
+def pack(grids, **options):
+    return VideoLayout.pack(grids, device=DEVICE, **options)
+
+
+def segments(lengths, **options):
+    return VideoLayout.segments(lengths, device=DEVICE, **options)
+
+
+def qkv_of(*args, **options):
+    return tuple(x.to(DEVICE) for x in attention_tests.qkv_of(*args, **options))
+
+
+def run(q, k, v, layout, mask, kv_layout=None, configs=SMALL, scale=None):
+    return block.attention_block(q, k, v, layout, mask, kv_layout or layout, scale or q.shape[2] ** -0.5, configs)
+
+
+def check(layout, mask, kv_layout=None, backward=False, configs=SMALL, dtype=torch.float32, views=lambda *qkv: qkv, **shape):
+    plain = leaves(*qkv_of(layout, kv_layout, dtype=dtype, **{"heads": 2, "kv_heads": 1} | shape))
+    out, _ = run(*views(*plain), layout, mask, kv_layout, configs)
+    assert_close(out, definition(*plain, layout, mask, kv_layout).detach(), dtype)
+    if not backward:
+        return
+    direction = randn(*out.shape, dtype=dtype, seed=9).to(DEVICE)
+    out.backward(direction)
+    exact = leaves(*plain, dtype=torch.float64)
+    definition(*exact, layout, mask, kv_layout).backward(direction.double())
+    for ours, theirs in zip(plain, exact, strict=True):
+        # A query that sees one key has a gradient of zero, of which a product in lower precision leaves its rounding.
+        if theirs.grad.abs().max() > 1e-6:
+            assert_close(ours.grad, theirs.grad, dtype)
+        else:
+            assert ours.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [(name, mask) for name in LAYOUTS for mask in (FEW_MASKS if name == "image beside video" else MASKS)],  # the largest
+    ids=str,
+)
+def test_every_mask_and_layout(name, mask):
+    check(pack(**LAYOUTS[name]), mask)
+
+
+@pytest.mark.parametrize("mask", [*FEW_MASKS, FrameCausal(chunk=2, window=2, sink=1), Temporal(window=2)], ids=str)
+@pytest.mark.parametrize("name", [*FEW_LAYOUTS[1:], "known first", "later frames"])
+def test_backward(name, mask):
+    check(pack(**LAYOUTS[name]), mask, backward=True)
+
+
+@pytest.mark.parametrize("mask", FEW_MASKS, ids=str)
+def test_uneven_tiles(mask):
+    """Frames of 21 tokens fall on no boundary of a tile; some tiles hold several frames, some frames several tiles."""
+    check(pack([(4, 3, 7), (1, 6, 7), (9, 1, 2)]), mask, backward=True, configs=UNEVEN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [8, 16, 40, 64, 72, 80, 88, 96, 112, 128, 160, 256])
+def test_head_dims(dim, dtype):
+    check(pack([(3, 3, 3), (1, 2, 5)], text=[3, 0]), FrameCausal(), backward=True, dtype=dtype, dim=dim)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (4, 2), (3, 1)])
+def test_grouped_heads(heads, kv_heads):
+    check(pack([(3, 3, 3), (1, 2, 5)], text=[3, 0]), FrameCausal(), backward=True, heads=heads, kv_heads=kv_heads)
+
+
+@pytest.mark.parametrize("views", [fused_by_part, fused_by_head, heads_first, wider_heads])
+@pytest.mark.parametrize("mask", [Spatial(), Temporal()], ids=str)
+def test_strides(views, mask):
+    heads = {"heads": 2, "kv_heads": 2}
+    check(pack([(3, 3, 3), (1, 2, 5)], text=[3, 0]), mask, backward=True, views=views, dim=24, **heads)
+
+
+@pytest.mark.parametrize("mask", FEW_MASKS, ids=str)
+def test_cross_attention(mask):
+    layout = pack([(5, 2, 3), (1, 3, 3), (2, 2, 2), (1, 1, 1)], capacity=Capacity(6, 20, 70))
+    check(layout, mask, segments([5, 0, 16, 17], capacity=Capacity(4, 0, 50)), backward=True)
+
+
+@pytest.mark.parametrize("mask", [*MASKS, FrameCausal(chunk=3, window=1)], ids=str)
+def test_a_chunk_attends_to_a_cache(mask):
+    layout = pack([(2, 2, 3), (1, 3, 1)], first_frames=[5, 2])
+    check(layout, mask, pack([(9, 2, 3), (3, 3, 1)], known=[EVERY_THIRD[:9], None]), backward=True)
+
+
+@pytest.mark.parametrize("mask", [FrameCausal(chunk=3, window=2), FrameCausal(chunk=2, window=1, sink=1)], ids=str)
+def test_frames_may_count_from_below_zero(mask):
+    check(pack([(7, 2, 3)], first_frames=[-4]), mask, backward=True)
+
+
+@settings(max_examples=10, deadline=None)
+@given(drawn=packs(), mask=masks())
+def test_drawn_packs(drawn, mask):
+    check(pack(**drawn), mask, backward=True)
+
+
+@pytest.mark.parametrize("mask", FEW_MASKS, ids=str)
+@pytest.mark.parametrize("name", ["odd sides", "text first", "known and text"])
+def test_a_clip_alone_and_in_a_pack(name, mask):
+    """Bit for bit, forwards and backwards."""
+    drawn = LAYOUTS[name]
+    layout = pack(**drawn)
+    qkv = qkv_of(layout, heads=2, kv_heads=1)
+    direction = randn(*qkv[0].shape, seed=9).to(DEVICE)
+    whole = leaves(*qkv)
+    out, lse = run(*whole, layout, mask)
+    out.backward(direction)
+    for i, clip in enumerate(layout.clips):
+        rows = slice(clip.start, clip.stop)
+        one = leaves(*(x[rows] for x in qkv))
+        single, single_lse = run(*one, pack(**alone(drawn, i)), mask)
+        single.backward(direction[rows])
+        assert torch.equal(single, out[rows]) and torch.equal(single_lse, lse[:, rows])
+        for part, all_of_it in zip(one, whole, strict=True):
+            assert torch.equal(part.grad, all_of_it.grad[rows])
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("mask", FEW_MASKS, ids=str)
+def test_a_poisoned_clip_leaves_its_neighbours_untouched(mask, poison):
+    layout = pack([(3, 2, 3), (3, 2, 3), (1, 2, 3)], text=[2, 2, 0])
+    clean = leaves(*qkv_of(layout, heads=2, kv_heads=1))
+    sick = [x.detach().clone() for x in clean]
+    clip = layout.clips[1]
+    for x in sick:
+        x[clip.start : clip.stop] = poison
+    sick = leaves(*sick)
+    others = torch.ones(layout.tokens, dtype=torch.bool, device=DEVICE)
+    others[clip.start : clip.stop] = False
+    outs = []
+    for qkv in (clean, sick):
+        out, _ = run(*qkv, layout, mask)
+        out.backward(torch.ones_like(out))
+        outs.append(out)
+    assert torch.equal(outs[0][others], outs[1][others]) and outs[1][~others].isnan().all()
+    for a, b in zip(clean, sick, strict=True):
+        assert torch.equal(a.grad[others], b.grad[others])
+
+
+def test_log_sum_exp_and_rows_that_see_nothing():
+    layout = pack([(2, 2, 3), (1, 3, 3)], capacity=Capacity(2, 3, 30))
+    text = segments([5, 0])
+    q, k, v = qkv_of(layout, text)
+    out, lse = run(q, k, v, layout, Full(), text)
+    logits = torch.einsum("qhd,khd->hqk", q[:12].double(), k[:5].double()) * q.shape[2] ** -0.5
+    assert_close(lse[:, :12], logits.logsumexp(dim=2), torch.float32)
+    assert lse[:, 12:].isneginf().all() and not out[12:].any()
+
+
+def test_the_public_op_runs_it_when_asked():
+    reset_engaged()
+    layout = pack([(3, 2, 3)])
+    q, k, v = qkv_of(layout, dim=72)
+    assert_close(attention(q, k, v, layout, FrameCausal(), implementation="triton"), definition(q, k, v, layout, FrameCausal()), q.dtype)
+    assert engaged()["attention"]["triton"].calls == 1
+
+
+@pytest.mark.parametrize(("dtype", "dim", "words"), [(torch.float64, 16, "float64"), (torch.float32, 264, "head_dim 264 is above 256")])
+def test_what_it_cannot_do_is_said(dtype, dim, words):
+    layout = pack([(1, 2, 2)])
+    with pytest.raises(ValueError, match=f"cannot run as 'triton': .*{words}"):
+        attention(*qkv_of(layout, dim=dim, dtype=dtype), layout, Full(), implementation="triton")
+
+
+@pytest.mark.parametrize(("dim", "parts"), [(8, (16, 0)), (16, (16, 0)), (40, (32, 16)), (64, (64, 0)), (72, (64, 16)), (80, (64, 16))])
+def test_head_dims_are_split(dim, parts):
+    assert block.split_head_dim(dim) == parts
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [dtype for dtype in TOLERANCE if dtype != torch.float64], ids=str)
+@pytest.mark.parametrize("dim", [64, 72, 96, 128, 256])
+@pytest.mark.parametrize("mask", FEW_MASKS, ids=str)
+def test_on_a_gpu(mask, dim, dtype):
+    layout = pack([(17, 6, 7), (1, 16, 16), (3, 11, 13)], text=[7, 0, 130])
+    q, k, v = (x.requires_grad_() for x in qkv_of(layout, heads=4, kv_heads=2, dim=dim, dtype=dtype))
+    out = attention(q, k, v, layout, mask, implementation="triton")
+    direction = randn(*q.shape, dtype=dtype, seed=9).cuda()
+    out.backward(direction)
+    exact = leaves(q, k, v, dtype=torch.float64)
+    wanted = definition(*exact, layout, mask)
+    wanted.backward(direction.double())
+    assert_close(out, wanted.detach(), dtype)
+    for ours, theirs in zip((q, k, v), exact, strict=True):
+        assert_close(ours.grad, theirs.grad, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grid", [(21, 30, 52), (21, 45, 80)], ids=["32760 tokens", "75600 tokens"])
+@pytest.mark.parametrize("mask", [FrameCausal(), Full(), Spatial(), FrameCausal(chunk=3, window=4, sink=1)], ids=str)
+def test_real_sizes_on_a_gpu(mask, grid):
+    """Against SDPA in float32, frame by frame."""
+    layout = pack([grid])
+    q, k, v = (torch.randn(layout.tokens, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    out = attention(q, k, v, layout, mask, implementation="triton").unflatten(0, (grid[0], -1))
+    keys, values = (x.float().unflatten(0, (grid[0], -1)) for x in (k, v))
+    for t in range(grid[0]):
+        seen = [u for u in range(grid[0]) if mask.rule(t, u, False)]
+        query = q.float().unflatten(0, (grid[0], -1))[t].transpose(0, 1)
+        wanted = torch.nn.functional.scaled_dot_product_attention(
+            query, *(x[seen].flatten(0, 1).transpose(0, 1) for x in (keys, values))
+        ).transpose(0, 1)
+        assert_close(out[t], wanted.double(), torch.bfloat16)

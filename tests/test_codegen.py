@@ -1,0 +1,45 @@
+"""The ledger of what the kernels compile to: nothing spills, everything fits, the tensor cores are used. No GPU is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+import codegen
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Compiled anew, in a process that does not interpret."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    script = Path(codegen.__file__)
+    ran = subprocess.run([sys.executable, script, "-"], env=environment, capture_output=True, text=True, timeout=1200)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def test_the_ledger_is_what_the_compiler_makes(compiled):
+    """After a change that is meant: `python tests/codegen.py`, and look at the difference."""
+    written = json.loads(codegen.LEDGER.read_text())
+    if written["triton"] != compiled["triton"]:
+        pytest.skip(f"the ledger is of triton {written['triton']}, this is {compiled['triton']}")
+    assert compiled == written
+
+
+@pytest.mark.parametrize("case", codegen.CASES, ids=str)
+def test_a_kernel_fits_and_uses_the_tensor_cores(compiled, case):
+    figures = compiled["cases"][str(case)]
+    assert figures["stack"] == 0, "registers are spilled"
+    assert figures["shared"] <= codegen.SHARED_MEMORY[case.gpu]
+    assert figures["loads of 16 bytes"] > 0
+    if case.gpu == "sm_90" and not (case.kernel == "block_backward_keys" and case.head_dim > 128):  # whose tiles are too small for it
+        assert figures["wgmma"] > 0 and figures["mma"] == 0
+    elif case.gpu == "sm_100":
+        assert figures["mma"] + figures["tcgen05"] > 0
+    else:
+        assert figures["mma"] > 0
