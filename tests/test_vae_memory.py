@@ -1,7 +1,8 @@
 """What the time latent is for: a small VAE trained here, with the project's own objective, remembers what has long been out of sight.
 
 The world is a camera that turns in a room with six coloured walls and sees two of them at a time: a wall that comes into view was last seen
-five frames before, and only memory can tell its colour.
+five frames before, and only memory can tell its colour. It comes back after the same number of frames each time, which is easier to learn
+than a pan that returns the way it came: that was not remembered by models of this size in 2000 steps.
 """
 
 from types import SimpleNamespace

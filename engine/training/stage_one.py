@@ -3,8 +3,8 @@
     loss = log(sd) + kl_weight * KL(q(S|x) || p(S|H)) / values,   sd^2 = mean squared error of the step + that of enough_psnr
 
 The first term is a Gaussian likelihood at its optimal variance (sigma-VAE, Rybkin et al. 2021): a nat of rate keeps its price as the
-pictures get better, until they are good enough. An error below that of enough_psnr is worth no rate: S, which can always tell more, would
-else never leave anything to H. For the same reason the rate must cost something. DropLoss (TECO): each step decodes a random share of the
+pictures get better, until they are good enough. An error below that of enough_psnr is worth no rate, so that S, which can always tell
+more, need not. The rate must cost something, else H is ignored. DropLoss (TECO): each step decodes a random share of the
 frames, while the time transformer sees all.
 """
 
