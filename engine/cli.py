@@ -4,18 +4,31 @@ import json
 import os
 import sys
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, track
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    track,
+)
 from rich.table import Table
 
 app = typer.Typer(help="Sample video from a spacetime diffusion transformer.", no_args_is_help=True, pretty_exceptions_enable=False)
 train = typer.Typer(help="Train a model: first the VAE, then the transformer.", no_args_is_help=True)
 app.add_typer(train, name="train")
+tune = typer.Typer(help="Find the fastest settings of the kernels on this GPU, for later runs to use.", no_args_is_help=True)
+app.add_typer(tune, name="tune")
 console = Console()
 errors = Console(stderr=True)
 
@@ -319,6 +332,70 @@ def evaluate(
     if sheet is not None:
         shown = clips[:16]
         save_png(contact_sheet(shown, [clip.prompt or "" for clip in shown]), sheet)
+
+
+@tune.command("attention")
+def tune_attention(
+    quick: Annotated[bool, typer.Option(help="A coarser search, of minutes for each class.")] = False,
+    head_dim: Annotated[list[int] | None, typer.Option(help="Of the heads; may be repeated. 64 and 128 if not given.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float16, bfloat16 or float32; may be repeated. bfloat16 if not given.")] = None,
+    mask: Annotated[
+        list[str] | None, typer.Option(help="What is attended to: video, frame or site; may be repeated. All three if not given.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A folder; that of TUBELET_TUNED, or that of the package, if not given.")
+    ] = None,
+) -> None:
+    """Tune attention. Each class of shapes (a head dim, a dtype, a kind of mask) is written as soon as it is done, and others are kept."""
+    from tubelet.kernels import tuned
+
+    from .pretrained import write_json
+
+    head_dims, dtypes, masks = head_dim or [64, 128], dtype or ["bfloat16"], mask or ["video", "frame", "site"]
+    if wrong := [dim for dim in head_dims if not 1 <= dim <= 256]:
+        raise ValueError(f"--head-dim: expected 1 to 256, got {wrong[0]}")
+    for option, given, known in (
+        ("--dtype", dtypes, ("float16", "bfloat16", "float32")),
+        ("--mask", masks, ("video", "frame", "site")),
+    ):
+        if wrong := [name for name in given if name not in known]:
+            raise ValueError(f"{option}: expected one of {', '.join(known)}, got {wrong[0]!r}")
+    if not torch.cuda.is_available():
+        raise ValueError("tune: needs a GPU, and torch finds none")
+    from tubelet.kernels.attention import tune as search
+    from tubelet.kernels.attention.configs import KERNELS, shape_class
+
+    folder = out or Path(os.environ.get(tuned.VARIABLE) or tuned.FOLDER)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--out: {folder} cannot be written to")
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    path = folder / tuned.file_name(gpu)
+    tuned.read(path)  # a malformed file is told of before the work rather than after it
+    classes = list(product(head_dims, [getattr(torch, name) for name in dtypes], masks))
+    table = Table("class", "kernel", "by rule, ms", "tuned, ms", "gain", "settings")
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    try:
+        with Progress(*columns, console=console, speed_estimate_period=600) as bar:
+            task = bar.add_task("", total=len(classes) * len(KERNELS))
+
+            def show(name: str, before: int, kernel: str, done: int, total: int, gain: float) -> None:
+                completed = before + KERNELS.index(kernel) + done / total
+                bar.update(task, completed=completed, description=f"{name}, {kernel}: {gain - 1:+.1%} so far")
+
+            for i, each in enumerate(classes):
+                name = shape_class(*each)
+                found = search.tune(*each, gpu, quick=quick, progress=partial(show, name, i * len(KERNELS)))
+                write_json(path, tuned.merged(tuned.read(path), search.header(gpu), "attention", name, found.entry()))
+                for kernel, (rule, best) in found.milliseconds.items():
+                    settings = search.describe(found.configs, kernel)
+                    table.add_row(name, kernel, f"{rule:.4g}", f"{best:.4g}", f"{rule / best - 1:+.1%}", settings)
+                for candidate, why in found.left_out.items():
+                    bar.console.print(f"{name}: left out {candidate}: {' '.join(why.split())}", highlight=False, markup=False)
+    finally:  # an interrupted run shows what it finished
+        if table.row_count:
+            console.print(table)
+            console.print(f"{path}: written", highlight=False, soft_wrap=True)
 
 
 def _size(size: str | None, picture: torch.Tensor | None, multiple: int, longest: int) -> tuple[int, int]:

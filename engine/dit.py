@@ -8,6 +8,7 @@ in place of the first two. The timestep modulates each part (one shared projecti
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +144,10 @@ class VideoDiT(PretrainedModule):
         if self.config.positions != "rotary":
             x = x + self._positions(layout)
         modulation = self.modulation(condition)
-        rotary = self._rotary(layout) if self.config.positions != "factorised" else {}
+        rotary = {}
+        if self.config.positions != "factorised":
+            head_dim = self.config.width // self.config.heads
+            rotary = layout.table(("rotary", head_dim), partial(_rotary, head_dim))
         for block in self.blocks:
             x = block(x, modulation, rows, text, layout, text_layout, rotary)
         shift, scale = self.final_modulation(condition).chunk(2, dim=-1)
@@ -164,23 +168,18 @@ class VideoDiT(PretrainedModule):
         # Frames past the table share its last entry: the rotary channels tell them apart.
         return sum(table[places[:, axis].clamp(0, size - 1)] for axis, table in enumerate(self.tables))
 
-    def _rotary(self, layout: VideoLayout) -> dict[type[Mask], tuple[Tensor, Tensor]]:
-        """The rotary tables of each kind of attention. Along time only half of the channels turn: the others carry content over any
-        distance.
-        """
-        key = ("rotary", self.config)
-        if key not in layout.cache:
-            head_dim = self.config.width // self.config.heads
-            space, time = head_dim // 4 * 2, head_dim // 4 * 2
-            places = layout.positions
-            whole = rotary_table(places, (head_dim // 4, space // 2, space // 2), theta=100.0)
-            layout.cache[key] = {
-                Spatial: rotary_table(places[:, 1:], (space, head_dim - space), theta=100.0),
-                Temporal: rotary_table(places[:, :1], (time,), theta=100.0),
-                Full: whole,
-                FrameCausal: whole,
-            }
-        return layout.cache[key]
+
+def _rotary(head_dim: int, layout: VideoLayout) -> dict[type[Mask], tuple[Tensor, Tensor]]:
+    """The rotary tables of each kind of attention. Along time half of the channels turn: the others carry content over any distance."""
+    space, time = head_dim // 4 * 2, head_dim // 4 * 2
+    places = layout.positions
+    whole = rotary_table(places, (head_dim // 4, space // 2, space // 2), theta=100.0)
+    return {
+        Spatial: rotary_table(places[:, 1:], (space, head_dim - space), theta=100.0),
+        Temporal: rotary_table(places[:, :1], (time,), theta=100.0),
+        Full: whole,
+        FrameCausal: whole,
+    }
 
 
 class Condition(nn.Module):

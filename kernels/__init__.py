@@ -2,6 +2,7 @@
 
 from .attention import attention, merge_attention
 from .dispatch import Engagement, engaged, reset_engaged
+from .fp8 import quantize_rows
 from .guidance import guided_step
 from .layout import Capacity, ClipSpan, VideoLayout
 from .masks import Coordinates, FrameCausal, Full, Mask, Spatial, Temporal
@@ -31,6 +32,7 @@ __all__ = [
     "patch_embed",
     "patchify",
     "qk_norm_rope",
+    "quantize_rows",
     "reset_engaged",
     "rotary_table",
     "unpatchify",

@@ -27,7 +27,8 @@ _record: dict[str, dict[str, Engagement]] = {}
 def engaged() -> dict[str, dict[str, Engagement]]:
     """op -> implementation -> Engagement, since the start or the last `reset_engaged()`; a copy, which later calls do not change.
 
-    Calls inside a graph of torch.compile are not counted: a count is a value that changes, and would compile the graph anew at each call.
+    Of the ops that torch.compile traces into, calls inside its graphs are not counted: a count is a value that changes, and would compile
+    the graph anew at each call. Attention is one call in a graph, and is counted there.
     """
     return copy.deepcopy(_record)
 
@@ -37,22 +38,27 @@ def reset_engaged() -> None:
     _record.clear()
 
 
-def select(op: str, requested: str, available: Mapping[str, Callable], unavailable: Mapping[str, str] | None = None) -> Callable:
-    """The implementation of `op` to run, recorded as engaged.
+def choose(op: str, requested: str, available: Mapping[str, Callable], unavailable: Mapping[str, str] | None = None) -> str:
+    """The name of the implementation of `op` to run.
 
     `available` maps names to functions, the preferred first ("auto" takes that); `unavailable` maps the names of implementations that
     cannot run here to the reason. Raises ValueError for a name that is unknown or cannot run, with the reason.
     """
-    unavailable = unavailable or {}
     name = next(iter(available)) if requested == "auto" else requested
-    if name not in available:
-        if name in unavailable:
-            raise ValueError(f"implementation: {op} cannot run as {name!r}: {unavailable[name]}")
-        raise ValueError(f"implementation: expected one of {', '.join(('auto', *available))} for {op}, got {requested!r}")
+    if name in available:
+        return name
+    if unavailable and name in unavailable:
+        raise ValueError(f"implementation: {op} cannot run as {name!r}: {unavailable[name]}")
+    raise ValueError(f"implementation: expected one of {', '.join(('auto', *available))} for {op}, got {requested!r}")
+
+
+def select(op: str, requested: str, available: Mapping[str, Callable], unavailable: Mapping[str, str] | None = None) -> Callable:
+    """The function of the implementation that `choose` names, recorded as engaged."""
+    name = choose(op, requested, available, unavailable)
     if torch.compiler.is_compiling():
         return available[name]
     engagement = _record.setdefault(op, {}).setdefault(name, Engagement())
     engagement.calls += 1
     if requested == "auto":
-        engagement.passed_over.update(unavailable)
+        engagement.passed_over.update(unavailable or {})
     return available[name]

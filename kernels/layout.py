@@ -3,11 +3,14 @@
 A pack holds the tokens of several clips of any sizes on one token axis, with no padding between them (NaViT, Dehghani et al. 2023). A
 clip's video tokens lie in (t, h, w) order; in a joint layout its text tokens lie before or after them. The layout is planned on the host
 from the grids and read by kernels from small int32 tensors on the device; with a fixed capacity those tensors keep their size whatever the
-pack holds.
+pack holds, and `refill` puts another pack into the same tensors, so that a captured CUDA graph serves every pack that fits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 
@@ -60,6 +63,17 @@ class ClipSpan:
         return max(self.video_stop, self.text_stop)
 
 
+class _Tables(NamedTuple):
+    """The small tensors of a layout, on its device."""
+
+    clip_offsets: torch.Tensor
+    clip_grids: torch.Tensor
+    frame_starts: torch.Tensor
+    frame_lengths: torch.Tensor
+    frame_clips: torch.Tensor
+    frame_known: torch.Tensor
+
+
 class VideoLayout:
     """The table of a pack. Build it with `VideoLayout.pack` or, for text alone, `VideoLayout.segments`.
 
@@ -69,23 +83,36 @@ class VideoLayout:
     `frame_known` (frames,) bool.
     """
 
+    _alive: ClassVar[WeakValueDictionary[int, "VideoLayout"]] = WeakValueDictionary()
+    _handles = count(1 << 40)  # no size of a tensor is as large, so torch.compile does not take the two for the same number
+
     def __init__(self, clips: Sequence[ClipSpan], capacity: Capacity | None, device: torch.device | str):
-        self.clips = tuple(clips)
         self.capacity = capacity
         self.device = torch.device(device)
-        self.num_clips = len(self.clips)
-        self.num_frames = sum(clip.frames for clip in self.clips)
-        self.used_tokens = self.clips[-1].stop if self.clips else 0
+        self._place(clips)
         self.tokens = capacity.tokens if capacity else self.used_tokens
-        self.cache: dict = {}  # schedules and tables that ops derive from this layout; they live and die with it
-        if capacity:
-            for name, used, most in (
-                ("clips", self.num_clips, capacity.clips),
-                ("frames", self.num_frames, capacity.frames),
-                ("tokens", self.used_tokens, capacity.tokens),
-            ):
-                if used > most:
-                    raise ValueError(f"capacity: the pack has {used} {name}, the capacity is {most}")
+        self.cache: dict = {}  # host-side plans that ops derive from this layout; they die with what it holds
+        self._derived: dict = {}
+        self._dependents: WeakSet[VideoLayout] = WeakSet()
+        self.handle = next(self._handles)
+        self._alive[self.handle] = self
+
+    def _place(self, clips: Sequence[ClipSpan]) -> None:
+        clips = tuple(clips)
+        frames, tokens = sum(clip.frames for clip in clips), clips[-1].stop if clips else 0
+        if self.capacity:
+            for name, used in (("clips", len(clips)), ("frames", frames), ("tokens", tokens)):
+                if used > getattr(self.capacity, name):
+                    raise ValueError(f"capacity: the pack has {used} {name}, the capacity is {getattr(self.capacity, name)}")
+        self.clips, self.num_clips, self.num_frames, self.used_tokens = clips, len(clips), frames, tokens
+
+    @classmethod
+    def of_handle(cls, handle: int) -> "VideoLayout":
+        """The layout whose `handle` this is: operators of torch.library take numbers, not layouts. Raises ValueError if it is gone."""
+        layout = cls._alive.get(handle)
+        if layout is None:
+            raise ValueError(f"layout: expected the handle of a living VideoLayout, got {handle}")
+        return layout
 
     @classmethod
     def pack(
@@ -150,51 +177,86 @@ class VideoLayout:
         """The same layout for another device (itself if it is there already)."""
         return self if torch.device(device) == self.device else VideoLayout(self.clips, self.capacity, device)
 
-    def _cached(self, name, build):
-        if name not in self.cache:
-            self.cache[name] = build()
-        return self.cache[name]
+    def refill(self, other: "VideoLayout") -> None:
+        """Hold the clips of `other` instead, a layout of the same capacity. Every tensor of this layout, and every table that an op has
+        derived from it, is written anew in place: a captured CUDA graph that reads them replays with the new lengths. Where layouts serve
+        an op together (kv_layout), refill them all before the replay. Raises ValueError if one has no capacity or they differ.
+        """
+        if self.capacity is None or other.capacity != self.capacity:
+            raise ValueError(f"other: expected a layout of this one's capacity, which must be given, {self.capacity}, got {other.capacity}")
+        self._place(other.clips)
+        self.cache.clear()
+        self._derive_again(lambda partner: True)
+        for dependent in self._dependents:
+            dependent._derive_again(lambda partner: partner is self)
 
-    def _table(self, name: str, values: list, size: int | None, fill) -> torch.Tensor:
-        if size is not None:
-            values = values + [fill] * (size - len(values))
-        return self._cached(name, lambda: torch.tensor(values, dtype=torch.int32, device=self.device))
+    def _derive_again(self, concerned: Callable[["VideoLayout | None"], bool]) -> None:
+        for build, partner, value in self._derived.values():
+            if concerned(partner):
+                for old, new in zip(_tensors(value), _tensors(_build(build, self, partner)), strict=True):
+                    old.copy_(new)
+
+    def table(self, key: Any, build: Callable, partner: "VideoLayout | None" = None) -> Any:
+        """What `build(layout)`, or with a partner `build(layout, partner)`, gives: tensors on the device, alone, in tuples or in dicts.
+        Built once, and by `refill` again into the same tensors; so with a capacity their shapes may depend on that alone. `build` must not
+        hold the layout, which it would keep alive.
+        """
+        if partner is not None and partner is not self:
+            key = key, partner.handle if partner.capacity else partner.clips
+            partner._dependents.add(self)
+        if key not in self._derived:
+            self._derived[key] = build, None if partner is self else partner, _build(build, self, partner)
+        return self._derived[key][2]
+
+    @property
+    def _tables(self) -> _Tables:
+        return self.table("tables", VideoLayout._build_tables)
+
+    def _build_tables(self) -> _Tables:
+        clips, frames = (self.capacity.clips, self.capacity.frames) if self.capacity else (self.num_clips, self.num_frames)
+
+        def table(values: list, size: int, fill) -> torch.Tensor:
+            return to_device(torch.tensor(values + [fill] * (size - len(values)), dtype=torch.int32), self.device)
+
+        known = table([int(mark) for clip in self.clips for mark in clip.known], frames, 0)
+        starts = [clip.video_start + t * clip.frame_tokens for clip in self.clips for t in range(clip.frames)]
+        return _Tables(
+            clip_offsets=table([0] + [clip.stop for clip in self.clips], clips + 1, self.used_tokens),
+            clip_grids=table([list(clip.grid) for clip in self.clips], clips, [0, 0, 0]),
+            frame_starts=table(starts, frames, self.used_tokens),
+            frame_lengths=table([clip.frame_tokens for clip in self.clips for _ in range(clip.frames)], frames, 0),
+            frame_clips=table([i for i, clip in enumerate(self.clips) for _ in range(clip.frames)], frames, -1),
+            frame_known=known.bool(),
+        )
 
     @property
     def clip_offsets(self) -> torch.Tensor:
-        values = [0] + [clip.stop for clip in self.clips]
-        return self._table("clip_offsets", values, self.capacity and self.capacity.clips + 1, self.used_tokens)
+        return self._tables.clip_offsets
 
     @property
     def clip_grids(self) -> torch.Tensor:
-        return self._table("clip_grids", [list(clip.grid) for clip in self.clips], self.capacity and self.capacity.clips, [0, 0, 0])
+        return self._tables.clip_grids
 
     @property
     def frame_starts(self) -> torch.Tensor:
-        values = [clip.video_start + t * clip.frame_tokens for clip in self.clips for t in range(clip.frames)]
-        return self._table("frame_starts", values, self.capacity and self.capacity.frames, self.used_tokens)
+        return self._tables.frame_starts
 
     @property
     def frame_lengths(self) -> torch.Tensor:
-        values = [clip.frame_tokens for clip in self.clips for _ in range(clip.frames)]
-        return self._table("frame_lengths", values, self.capacity and self.capacity.frames, 0)
+        return self._tables.frame_lengths
 
     @property
     def frame_clips(self) -> torch.Tensor:
-        values = [i for i, clip in enumerate(self.clips) for _ in range(clip.frames)]
-        return self._table("frame_clips", values, self.capacity and self.capacity.frames, -1)
+        return self._tables.frame_clips
 
     @property
     def frame_known(self) -> torch.Tensor:
-        values = [int(mark) for clip in self.clips for mark in clip.known]
-        return self._cached(
-            "frame_known_bool", lambda: self._table("frame_known", values, self.capacity and self.capacity.frames, 0).bool()
-        )
+        return self._tables.frame_known
 
     @property
     def coordinates(self) -> Coordinates:
         """Where each token lies: int32 and bool tensors (tokens,). `t` counts from the clip's first_frame."""
-        return self._cached("coordinates", self._build_coordinates)
+        return self.table("coordinates", VideoLayout._build_coordinates)
 
     def _build_coordinates(self) -> Coordinates:
         fields = {name: torch.zeros(self.tokens, dtype=torch.int32) for name in ("t", "h", "w")}
@@ -210,18 +272,18 @@ class VideoLayout:
                 fields[name][span] = axis.flatten()
             fields["t"][span] += clip.first_frame
             known[span] = torch.tensor(clip.known, dtype=torch.bool).repeat_interleave(clip.frame_tokens)
-        return Coordinates(*(x.to(self.device) for x in (clip_of, fields["t"], fields["h"], fields["w"], text, known)))
+        return Coordinates(*(to_device(x, self.device) for x in (clip_of, fields["t"], fields["h"], fields["w"], text, known)))
 
     @property
     def positions(self) -> torch.Tensor:
         """(tokens, 3) float32: the place of each token on the axes (t, h, w) of a position embedding; 0 for text."""
-        return self._cached("positions", self._build_positions)
+        return self.table("positions", VideoLayout._build_positions)
 
     def _build_positions(self) -> torch.Tensor:
         where = self.coordinates
         table = torch.stack((where.t, where.h, where.w), dim=-1).to(torch.float32)
         for clip in self.clips:
-            places = torch.tensor(clip.positions, dtype=torch.float32, device=self.device)
+            places = to_device(torch.tensor(clip.positions, dtype=torch.float32), self.device)
             table[clip.video_start : clip.video_stop, 0] = places.repeat_interleave(clip.frame_tokens)
         return table
 
@@ -232,20 +294,41 @@ class VideoLayout:
         """
         if per not in ("clip", "frame"):
             raise ValueError(f"per: expected 'clip' or 'frame', got {per!r}")
-        return self._cached(("rows", per), lambda: self._build_rows(per))
+        return self.table(("rows", per), VideoLayout._build_clip_rows if per == "clip" else VideoLayout._build_frame_rows)
 
-    def _build_rows(self, per: str) -> torch.Tensor:
+    def _build_clip_rows(self) -> torch.Tensor:
+        table = torch.zeros(self.tokens, dtype=torch.int32)
+        for i, clip in enumerate(self.clips):
+            table[clip.start : clip.stop] = i
+        return to_device(table, self.device)
+
+    def _build_frame_rows(self) -> torch.Tensor:
         table = torch.zeros(self.tokens, dtype=torch.int32)
         frame = 0
         for i, clip in enumerate(self.clips):
-            if per == "clip":
-                table[clip.start : clip.stop] = i
-                continue
             video = torch.arange(frame, frame + clip.frames, dtype=torch.int32)
             table[clip.video_start : clip.video_stop] = video.repeat_interleave(clip.frame_tokens)
             table[clip.text_start : clip.text_stop] = self.num_frames + i
             frame += clip.frames
-        return table.to(self.device)
+        return to_device(table, self.device)
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of a host's table on the device, which the host does not wait for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def _build(build: Callable, layout: VideoLayout, partner: VideoLayout | None) -> Any:
+    with torch.inference_mode(False), torch.no_grad():  # what inference mode makes cannot be written again outside of it
+        return build(layout) if partner is None or partner is layout else build(layout, partner)
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+        return
+    for branch in tree.values() if isinstance(tree, dict) else tree:
+        yield from _tensors(branch)
 
 
 def _check_grid(i: int, grid) -> tuple[int, int, int]:

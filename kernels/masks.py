@@ -8,7 +8,8 @@ Clips never see each other. Text segments of a joint layout see, and are seen by
 a prefix language model (Raffel et al. 2020): causal masks let every query of the clip see them, also from earlier frames.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -126,6 +127,23 @@ class FrameCausal(Mask):
 
     def as_rule(self) -> Rule:
         return Rule(True, self.chunk, self.window or 0, self.sink, sees_known=True)
+
+
+@dataclass(frozen=True)
+class RuleMask(Mask):
+    """Any rule: what a mask is once it has gone through an operator, which takes numbers only."""
+
+    same_site: bool = False
+    given: Rule = field(default_factory=Rule)
+
+    @classmethod
+    def of(cls, numbers: Sequence[int], same_site: bool) -> "RuleMask":
+        """From the numbers of a Rule."""
+        causal, chunk, window, sink, sees_known = numbers
+        return cls(same_site, Rule(bool(causal), chunk, window, sink, bool(sees_known)))
+
+    def as_rule(self) -> Rule:
+        return self.given
 
 
 def _check_count(name: str, value: int | None, optional: bool = False) -> None:

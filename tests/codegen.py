@@ -1,7 +1,8 @@
 """What Triton's compiler makes of the kernels, without a GPU: `python tests/codegen.py` writes the ledger that test_codegen.py reads.
 
 For each kernel, head dim, mask and GPU: registers, bytes of stack (spills), bytes of shared memory, and counts of the instructions that
-matter: products of warps (mma) and of warp groups (wgmma), and loads of 16 bytes.
+matter: products of warps (mma), of warp groups (wgmma) and of a block (tcgen05), those of FP8 among them (e4m3), loads by TMA, changes of
+the number of registers (setmaxnreg: warps specialise), and other loads of 16 bytes.
 """
 
 import json
@@ -16,6 +17,10 @@ from pathlib import Path
 
 LEDGER = Path(__file__).with_suffix(".json")
 KERNELS = ("block_forward", "block_backward_queries", "block_backward_keys")
+HOPPER = "hopper_forward"
+INPUTS = ("q_ptr", "k_ptr", "v_ptr", "do_ptr")
+RESULTS = ("out_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
+SUMS = ("lse_ptr", "delta_ptr", "q_scale_ptr", "k_scale_ptr", "v_scale_ptr")
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 """What a block of threads may have, in bytes."""
 
@@ -27,34 +32,44 @@ class Case:
     head_dim: int
     mask: str = "FrameCausal()"
     known: bool = False
+    dtype: str = "bf16"
 
     def __str__(self) -> str:
-        return f"{self.gpu} {self.kernel} {self.head_dim} {self.mask}" + (" known" if self.known else "")
+        rest = (" known" if self.known else "") + ("" if self.dtype == "bf16" else f" {self.dtype}")
+        return f"{self.gpu} {self.kernel} {self.head_dim} {self.mask}{rest}"
 
 
 CASES = [
-    *(Case(kernel, "sm_90", dim) for kernel in KERNELS for dim in (64, 72, 96, 128, 256)),
+    *(Case(kernel, "sm_90", dim) for kernel in KERNELS for dim in (64, 72, 96, 112, 128, 256)),
     *(Case(kernel, gpu, dim) for kernel in KERNELS for gpu in ("sm_80", "sm_100", "gfx942") for dim in (64, 128)),
     *(Case("block_forward", "sm_90", 128, mask) for mask in ("Full()", "Spatial()", "Temporal()")),
     *(Case(kernel, "sm_90", 128, "FrameCausal(chunk=3, window=4, sink=1)", True) for kernel in KERNELS),
+    *(Case(KERNELS[0], gpu, dim, dtype="fp8e4nv") for gpu, dim in (("sm_90", 64), ("sm_90", 72), ("sm_90", 128), ("sm_100", 128))),
+    *(Case(HOPPER, "sm_90", dim) for dim in (64, 128)),
+    *(Case(HOPPER, "sm_90", 128, mask) for mask in ("Full()", "Spatial()", "FrameCausal(chunk=3, window=4, sink=1)")),
 ]
 
 
 def compile_case(case: Case) -> dict[str, int]:
-    """Compile a case for bfloat16 tensors, aligned as torch aligns them, and count."""
+    """Compile a case for tensors that are aligned as torch aligns them, and count."""
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from tubelet import kernels
-    from tubelet.kernels.attention import block
+    from tubelet.kernels.attention import block, configs, hopper
 
-    configs = block.default_configs(case.head_dim, torch.bfloat16, SHARED_MEMORY[case.gpu], amd=case.gpu.startswith("gfx"))
-    config = configs[KERNELS.index(case.kernel)]
+    dtype = torch.float8_e4m3fn if case.dtype == "fp8e4nv" else torch.bfloat16
+    if case.kernel == HOPPER:
+        function, config = hopper.hopper_forward, hopper.default_config(case.head_dim)
+    else:
+        function = getattr(block, case.kernel)
+        rule = configs.default_configs(case.head_dim, dtype, SHARED_MEMORY[case.gpu], amd=case.gpu.startswith("gfx"))
+        config = rule[KERNELS.index(case.kernel)]
     mask = eval(case.mask, vars(kernels))
-    constants = {"GROUP": 1, "SITE": mask.same_site, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    tuples = {"RULE": mask.as_rule()._replace(sees_known=case.known), "DIMS": (case.head_dim, *block.split_head_dim(case.head_dim))}
-    function = getattr(block, case.kernel)
+    constants = {"GROUP": 1, "SITE": mask.same_site, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "HEAD_DIM": case.head_dim}
+    dims = case.head_dim, *configs.split_head_dim(case.head_dim, configs.least_product(dtype))
+    tuples = {"RULE": mask.as_rule()._replace(sees_known=case.known), "DIMS": dims}
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
@@ -62,18 +77,19 @@ def compile_case(case: Case) -> dict[str, int]:
         elif name in tuples:
             signature[name] = ("constexpr",) * len(tuples[name])
             constexprs |= {(i, j): value for j, value in enumerate(tuples[name])}
+        elif name.endswith("_scale_ptr") and case.dtype == "bf16":
+            signature[name], constexprs[i,] = "constexpr", None
         elif name.endswith("_ptr"):
-            tensor = name.removesuffix("_ptr") in ("q", "k", "v", "out", "do", "dq", "dk", "dv")
-            signature[name] = "*bf16" if tensor else "*fp32" if name in ("lse_ptr", "delta_ptr") else "*i32"
+            signature[name] = f"*{case.dtype}" if name in INPUTS else "*bf16" if name in RESULTS else "*fp32" if name in SUMS else "*i32"
             attributes[i,] = [["tt.divisibility", 16]]
         elif name.startswith("scale"):
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if name.startswith("stride") and name != "stride_lh":
+            if name.startswith("stride") and name != "stride_lh" and not name.endswith(("st", "sh")):
                 attributes[i,] = [["tt.divisibility", 16 if case.head_dim % 16 == 0 else 8]]
     target = GPUTarget("hip", case.gpu, 64) if case.gpu.startswith("gfx") else GPUTarget("cuda", int(case.gpu[3:]), 32)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
     compiled = triton.compile(ASTSource(function, signature, constexprs, attributes), target=target, options=options)
     counts = _amd(compiled.asm["amdgcn"]) if target.backend == "hip" else _nvidia(compiled.asm["ptx"], compiled.asm["cubin"])
     return asdict(config) | {"shared": compiled.metadata.shared} | counts
@@ -95,6 +111,9 @@ def _nvidia(ptx: str, cubin: bytes) -> dict[str, int]:
         "mma": len(re.findall(r"mma\.sync", ptx)),
         "wgmma": ptx.count("wgmma.mma_async"),
         "tcgen05": ptx.count("tcgen05.mma"),
+        "e4m3": len(re.findall(r"wgmma.mma_async\S*\.e4m3|tcgen05.mma\S*f8f6f4", ptx)),
+        "tma": ptx.count("cp.async.bulk.tensor"),
+        "setmaxnreg": ptx.count("setmaxnreg"),
         "loads of 16 bytes": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\S* .*, 0x10|cp\.async\.c[ag]", ptx)),
     }
 

@@ -509,7 +509,8 @@ def test_refused():
             ValueError,
             r"kv_layout: Temporal needs clip 0 on one \(H, W\) grid, got \(2, 2\) and \(4, 1\)",
         ),
-        ((q, k, v, layout, Full()), {"scale": float("inf")}, ValueError, "scale: expected a finite number, got inf"),
+        ((q, k, v, layout, Full()), {"scale": float("inf")}, ValueError, "scale: expected a finite number, not below zero, got inf"),
+        ((q, k, v, layout, Full()), {"scale": -1.0}, ValueError, "scale: expected a finite number, not below zero, got -1.0"),
     ]
     for arguments, options, error, words in cases:
         with pytest.raises(error, match=words):

@@ -3,6 +3,9 @@
 Tiles are as small as they can be where the interpreter runs them, so that small clips have whole tiles, edges and several of each.
 """
 
+from functools import partial
+from unittest import mock
+
 import pytest
 import test_attention as attention_tests
 import torch
@@ -28,6 +31,7 @@ from tolerance import TOLERANCE, assert_close
 from tubelet.kernels import Capacity, FrameCausal, Full, Spatial, Temporal, VideoLayout, attention, engaged, reset_engaged
 
 block = pytest.importorskip("tubelet.kernels.attention.block", reason="triton is not installed")
+attention_configs = pytest.importorskip("tubelet.kernels.attention.configs")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -35,8 +39,10 @@ pytestmark = [
     *([pytest.mark.gpu] if DEVICE == "cuda" else []),
 ]
 
-SMALL = block.Configs(*[block.Config(16, 16, 4, 1)] * 3)
-UNEVEN = block.Configs(block.Config(32, 16, 4, 1), block.Config(16, 32, 4, 1), block.Config(32, 16, 4, 1))
+SMALL = attention_configs.Configs(*[attention_configs.Config(16, 16, 4, 1)] * 3)
+UNEVEN = attention_configs.Configs(
+    attention_configs.Config(32, 16, 4, 1), attention_configs.Config(16, 32, 4, 1), attention_configs.Config(32, 16, 4, 1)
+)
 
 
 def pack(grids, **options):
@@ -51,13 +57,23 @@ def qkv_of(*args, **options):
     return tuple(x.to(DEVICE) for x in attention_tests.qkv_of(*args, **options))
 
 
-def run(q, k, v, layout, mask, kv_layout=None, configs=SMALL, scale=None):
-    return block.attention_block(q, k, v, layout, mask, kv_layout or layout, scale or q.shape[2] ** -0.5, configs)
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles():
+    with tiles_of(SMALL):
+        yield
 
 
-def check(layout, mask, kv_layout=None, backward=False, configs=SMALL, dtype=torch.float32, views=lambda *qkv: qkv, **shape):
+def tiles_of(configs):
+    return mock.patch.object(block, "configs_for", lambda q, mask: configs)
+
+
+def run(q, k, v, layout, mask, kv_layout=None):
+    return attention(q, k, v, layout, mask, kv_layout=kv_layout, return_lse=True, implementation="triton")
+
+
+def check(layout, mask, kv_layout=None, backward=False, dtype=torch.float32, views=lambda *qkv: qkv, **shape):
     plain = leaves(*qkv_of(layout, kv_layout, dtype=dtype, **{"heads": 2, "kv_heads": 1} | shape))
-    out, _ = run(*views(*plain), layout, mask, kv_layout, configs)
+    out, _ = run(*views(*plain), layout, mask, kv_layout)
     assert_close(out, definition(*plain, layout, mask, kv_layout).detach(), dtype)
     if not backward:
         return
@@ -91,7 +107,8 @@ def test_backward(name, mask):
 @pytest.mark.parametrize("mask", FEW_MASKS, ids=str)
 def test_uneven_tiles(mask):
     """Frames of 21 tokens fall on no boundary of a tile; some tiles hold several frames, some frames several tiles."""
-    check(pack([(4, 3, 7), (1, 6, 7), (9, 1, 2)]), mask, backward=True, configs=UNEVEN)
+    with tiles_of(UNEVEN):
+        check(pack([(4, 3, 7), (1, 6, 7), (9, 1, 2)]), mask, backward=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -188,6 +205,81 @@ def test_log_sum_exp_and_rows_that_see_nothing():
     assert lse[:, 12:].isneginf().all() and not out[12:].any()
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_scale(scale):
+    """Zero weighs equally what is seen, and hides the rest still."""
+    layout = pack([(3, 2, 3)])
+    q, k, v = leaves(*qkv_of(layout))
+    out = attention(q, k, v, layout, FrameCausal(), scale=scale, implementation="triton")
+    assert_close(out, definition(q, k, v, layout, FrameCausal(), scale=scale).detach(), q.dtype)
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+class Recorder:
+    """In place of a kernel: keeps its launches instead of making them."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launches.append(partial(self.kernel[grid], *arguments, **options))
+
+
+PACKS = [
+    {"grids": [(5, 2, 3), (2, 2, 2)], "text": [1, 4]},
+    {"grids": [(1, 2, 2)], "text": [0]},
+    {"grids": [(2, 3, 3), (3, 2, 1), (1, 1, 1)], "text": [0, 3, 0], "known": [[True, False], None, None]},
+]
+
+
+@pytest.mark.parametrize("mask", [*FEW_MASKS[:2], Temporal(), FrameCausal(chunk=2, window=2)], ids=str)
+def test_replay_with_other_lengths(mask):
+    """The launches of calls, forwards and backwards, made again as they were once the layouts have been refilled: as a CUDA graph does."""
+    capacities = Capacity(clips=4, frames=9, tokens=60), Capacity(clips=4, frames=0, tokens=20)
+    layout, words = pack(**PACKS[0], capacity=capacities[0]), segments([3, 5], capacity=capacities[1])
+    launches = []
+    kernels = {
+        name: Recorder(getattr(block, name), launches) for name in ("block_forward", "block_backward_queries", "block_backward_keys")
+    }
+    qkv, across = qkv_of(layout, heads=2, kv_heads=1), qkv_of(layout, words, heads=2, kv_heads=1)
+    directions = torch.empty_like(qkv[0]), torch.empty_like(qkv[0])
+    graph = torch.cuda.CUDAGraph() if DEVICE == "cuda" else None
+    scale = 0.25
+    if graph:  # compiled before the capture
+        block.backward_block(directions[0], *qkv, *block.forward_block(*qkv, layout, mask, layout, scale), layout, mask, layout, scale)
+        block.backward_block(
+            directions[1], *across, *block.forward_block(*across, layout, Full(), words, scale), layout, Full(), words, scale
+        )
+    with torch.cuda.graph(graph) if graph else mock.patch.multiple(block, **kernels):
+        results = []
+        for x, direction, rule, where in ((qkv, directions[0], mask, layout), (across, directions[1], Full(), words)):
+            out, lse = block.forward_block(*x, layout, rule, where, scale)
+            results.append((out, lse, *block.backward_block(direction, *x, out, lse, layout, rule, where, scale)))
+    for i, new in enumerate([*PACKS[1:], PACKS[0]]):
+        lengths = [3 + i, 2, 7][: len(new["grids"])]
+        layout.refill(pack(**new, capacity=capacities[0]))
+        words.refill(segments(lengths, capacity=capacities[1]))
+        for x in (*qkv, *across, *directions):
+            x.copy_(randn(*x.shape, seed=i))
+        if graph:
+            graph.replay()
+        else:
+            for launch in launches:
+                launch()
+        exact, few = pack(**new), segments(lengths)
+        for x, direction, rule, where, found in (
+            (qkv, directions[0], mask, exact, results[0]),
+            (across, directions[1], Full(), few, results[1]),
+        ):
+            q, k, v = (each[: lay.tokens] for each, lay in zip(x, (exact, where, where), strict=True))
+            out, lse = block.forward_block(q, k, v, exact, rule, where, scale)
+            grads = block.backward_block(direction[: exact.tokens], q, k, v, out, lse, exact, rule, where, scale)
+            for a, b in zip(found, (out, lse, *grads), strict=True):
+                a = a[:, : exact.tokens] if a is found[1] else a[: len(b)]
+                assert torch.equal(a, b)
+
+
 def test_the_public_op_runs_it_when_asked():
     reset_engaged()
     layout = pack([(3, 2, 3)])
@@ -203,9 +295,24 @@ def test_what_it_cannot_do_is_said(dtype, dim, words):
         attention(*qkv_of(layout, dim=dim, dtype=dtype), layout, Full(), implementation="triton")
 
 
-@pytest.mark.parametrize(("dim", "parts"), [(8, (16, 0)), (16, (16, 0)), (40, (32, 16)), (64, (64, 0)), (72, (64, 16)), (80, (64, 16))])
+@pytest.mark.parametrize(
+    ("dim", "parts"),
+    [
+        (8, (16, 0, 0)),
+        (40, (32, 16, 0)),
+        (64, (64, 0, 0)),
+        (72, (64, 16, 0)),
+        (88, (64, 32, 0)),
+        (112, (64, 32, 16)),
+        (120, (128, 0, 0)),
+        (256, (256, 0, 0)),
+    ],
+)
 def test_head_dims_are_split(dim, parts):
-    assert block.split_head_dim(dim) == parts
+    assert attention_configs.split_head_dim(dim) == parts
+
+
+# Without the small tiles: as it is launched.
 
 
 @pytest.mark.gpu
@@ -215,9 +322,10 @@ def test_head_dims_are_split(dim, parts):
 def test_on_a_gpu(mask, dim, dtype):
     layout = pack([(17, 6, 7), (1, 16, 16), (3, 11, 13)], text=[7, 0, 130])
     q, k, v = (x.requires_grad_() for x in qkv_of(layout, heads=4, kv_heads=2, dim=dim, dtype=dtype))
-    out = attention(q, k, v, layout, mask, implementation="triton")
     direction = randn(*q.shape, dtype=dtype, seed=9).cuda()
-    out.backward(direction)
+    with tiles_of(attention_configs.default_configs(dim, dtype, **attention_configs.limits(q.device))):
+        out = attention(q, k, v, layout, mask, implementation="triton")
+        out.backward(direction)
     exact = leaves(q, k, v, dtype=torch.float64)
     wanted = definition(*exact, layout, mask)
     wanted.backward(direction.double())
@@ -233,7 +341,8 @@ def test_real_sizes_on_a_gpu(mask, grid):
     """Against SDPA in float32, frame by frame."""
     layout = pack([grid])
     q, k, v = (torch.randn(layout.tokens, 2, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    out = attention(q, k, v, layout, mask, implementation="triton").unflatten(0, (grid[0], -1))
+    with tiles_of(attention_configs.default_configs(128, torch.bfloat16, **attention_configs.limits(q.device))):
+        out = attention(q, k, v, layout, mask, implementation="triton").unflatten(0, (grid[0], -1))
     keys, values = (x.float().unflatten(0, (grid[0], -1)) for x in (k, v))
     for t in range(grid[0]):
         seen = [u for u in range(grid[0]) if mask.rule(t, u, False)]

@@ -209,3 +209,66 @@ def test_tables_agree_with_one_another(clips, text_first, spare):
 def test_what_is_refused(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+# A layout that is filled again.
+
+
+def everything(layout):
+    """All of a layout's tensors."""
+    return [*(getattr(layout, name) for name in TABLES), *layout.coordinates, layout.positions, layout.rows("clip"), layout.rows("frame")]
+
+
+def test_refill():
+    """In place, whatever was and was not looked at before; in inference mode too."""
+    capacity = Capacity(clips=3, frames=8, tokens=40)
+    packs = [
+        {"grids": GRIDS, "text": [2, 0], "known": [[True, False], None]},
+        {"grids": [(2, 3, 3), (3, 2, 2), (1, 5, 1)], "text": [1, 1, 1], "positions": [[2, 4], None, [0.5]], "first_frames": [0, 2, 9]},
+        {"grids": []},
+    ]
+    with torch.inference_mode():
+        layout = VideoLayout.pack(**packs[0], capacity=capacity)
+        tensors = everything(layout)
+        doubled = layout.table("doubled", lambda layout: {"frames": (2 * layout.frame_lengths,)})
+    layout.cache["plan"] = "of the first pack"
+    for pack in [*packs[1:], packs[0]]:
+        other = VideoLayout.pack(**pack, capacity=capacity)
+        layout.refill(other)
+        assert layout.clips == other.clips and layout.cache == {}
+        assert (layout.num_clips, layout.num_frames, layout.used_tokens) == (other.num_clips, other.num_frames, other.used_tokens)
+        for ours, theirs, now in zip(tensors, everything(other), everything(layout), strict=True):
+            assert torch.equal(ours, theirs) and ours is now
+        assert torch.equal(doubled["frames"][0], 2 * other.frame_lengths)
+
+
+def test_refill_of_a_partner():
+    """What is derived from two layouts follows both."""
+    capacity = Capacity(clips=3, frames=8, tokens=40)
+    layout, partner = (VideoLayout.pack(GRIDS, capacity=capacity) for _ in range(2))
+    sums = layout.table("sum", lambda layout, partner: layout.frame_lengths + 100 * partner.frame_lengths, partner)
+    assert layout.table("sum", None, partner) is sums
+    for refilled, expected in ((partner, 3 + 900), (layout, 9 + 900)):
+        refilled.refill(VideoLayout.pack([(2, 3, 3)], capacity=capacity))
+        assert sums[0] == expected and torch.equal(sums, layout.frame_lengths + 100 * partner.frame_lengths)
+    assert layout.table("sum", lambda layout, partner: layout.frame_lengths * 0, VideoLayout.pack([], capacity=capacity)) is not sums
+
+
+@pytest.mark.parametrize(
+    "capacities", [(None, None), (None, Capacity(3, 8, 40)), (Capacity(3, 8, 40), None), (Capacity(3, 8, 40), Capacity(3, 8, 41))]
+)
+def test_refill_needs_one_capacity(capacities):
+    layout, other = (VideoLayout.pack(GRIDS, capacity=capacity) for capacity in capacities)
+    with pytest.raises(ValueError, match="other: expected a layout of this one's capacity, which must be given"):
+        layout.refill(other)
+
+
+def test_a_layout_dies_with_its_last_reference():
+    layout, partner = VideoLayout.pack(GRIDS), VideoLayout.pack(GRIDS)
+    everything(layout), layout.table("pair", lambda layout, partner: torch.zeros(1), partner)
+    handles = layout.handle, partner.handle
+    assert VideoLayout.of_handle(handles[0]) is layout
+    del layout, partner
+    for handle in handles:
+        with pytest.raises(ValueError, match="layout: expected the handle of a living VideoLayout"):
+            VideoLayout.of_handle(handle)

@@ -24,6 +24,8 @@ TOLERANCE = {
     torch.float16: Tolerance(norm=2 * 2**-11, largest=6 * 2**-11),  # three roundings in a row: of a factor, of a weight, of the result
     torch.bfloat16: Tolerance(norm=2 * 2**-8, largest=6 * 2**-8),  # the same
 }
+FP8_WEIGHTS = Tolerance(norm=2**-4, largest=2 * 2**-4)
+"""Of attention whose weights are rounded to E4M3, against the definition on the same E4M3 numbers; the result is bfloat16."""
 
 
 def relative_error(actual: torch.Tensor, reference64: torch.Tensor) -> Tolerance:
@@ -34,14 +36,14 @@ def relative_error(actual: torch.Tensor, reference64: torch.Tensor) -> Tolerance
     return Tolerance(float(wrong.norm() / right.norm()), float(wrong.abs().max() / right.abs().max()))
 
 
-def assert_close(actual: torch.Tensor, reference64: torch.Tensor, dtype: torch.dtype) -> None:
-    """`actual`, computed in `dtype`, lies within the table's bounds of the float64 reference. NaN and infinity never pass."""
+def assert_close(actual: torch.Tensor, reference64: torch.Tensor, dtype: torch.dtype, allowed: Tolerance | None = None) -> None:
+    """`actual`, computed in `dtype`, lies within the table's bounds, or `allowed`, of the float64 reference. NaN and infinity fail."""
     assert reference64.dtype == torch.float64, f"the reference is {reference64.dtype}"
     assert actual.dtype == dtype, f"expected {dtype}, got {actual.dtype}"
     assert actual.shape == reference64.shape, f"expected shape {tuple(reference64.shape)}, got {tuple(actual.shape)}"
     assert reference64.isfinite().all(), "the reference is not finite"
     assert actual.isfinite().all(), f"{int((~actual.isfinite()).sum())} of {actual.numel()} elements are not finite"
-    error, allowed = relative_error(actual, reference64), TOLERANCE[dtype]
+    error, allowed = relative_error(actual, reference64), allowed or TOLERANCE[dtype]
     # `not <=` rather than `>`: a NaN must fail.
     assert error.norm <= allowed.norm, f"norm-wise error {error.norm:.2e}, allowed in {dtype}: {allowed.norm:.2e}"
     assert error.largest <= allowed.largest, f"max-wise error {error.largest:.2e}, allowed in {dtype}: {allowed.largest:.2e}"

@@ -49,6 +49,38 @@ def attention_grouped_lse(
     return out, lse.T
 
 
+def attention_grouped_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: VideoLayout,
+    mask: Mask,
+    kv_layout: VideoLayout,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv from do (tokens, heads, d): written out, for where autograd does not look. The scores are computed again."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grads = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v)]
+    group = q.shape[1] // k.shape[1]
+    for batch in _batches(layout, mask, kv_layout):
+        # (n, kv heads, groups, m or l, d)
+        qs, dos = (x[batch.queries].to(wide).unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4) for x in (q, do))
+        ks, vs = (x[batch.keys].to(wide).transpose(1, 2).unsqueeze(2) for x in (k, v))
+        logits = scale * qs @ ks.transpose(-1, -2)
+        if batch.visible is not None:
+            visible = batch.visible if batch.visible.dim() == 2 else batch.visible.unsqueeze(2)
+            logits = logits.masked_fill(~visible, -torch.inf)
+        p = logits.softmax(dim=-1)
+        dp = dos @ vs.transpose(-1, -2)
+        ds = scale * p * (dp - (dp * p).sum(dim=-1, keepdim=True))
+        dq = (ds @ ks).permute(0, 3, 1, 2, 4).flatten(2, 3)
+        dk, dv = ((x.transpose(-1, -2) @ y).sum(dim=2).transpose(1, 2) for x, y in ((ds, qs), (p, dos)))
+        for grad, index, part in zip(grads, (batch.queries, batch.keys, batch.keys), (dq, dk, dv), strict=True):
+            grad.index_add_(0, index.flatten(), part.flatten(0, 1))
+    return tuple(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
+
+
 def _grouped(q, k, v, layout, mask, kv_layout, scale, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out (tokens, heads, d), lse (tokens, heads) or None)."""
     batches = _batches(layout, mask, kv_layout)

@@ -5,18 +5,18 @@ begin where their clip begins, so what a clip gives does not depend on what it i
 largest first (Graham 1969), which keeps the GPU busy to the end when long and short clips share a pack.
 """
 
-from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from ..layout import ClipSpan, VideoLayout
+from ..layout import ClipSpan, VideoLayout, to_device
 from ..masks import Mask
 
 VIDEO, TEXT = -1, -2
 
 
-@dataclass(frozen=True)
-class Clips:
+class Clips(NamedTuple):
     """int32 tables of a layout; those over frames have a row for each frame of the pack (or of its capacity).
 
     spans: (clips, 7), of each clip video_start, frames, frame_tokens, text_start, text_length, first_frame, and the row of its first frame.
@@ -32,9 +32,7 @@ class Clips:
     @classmethod
     def of(cls, layout: VideoLayout) -> "Clips":
         """Built once for a layout."""
-        if "clips" not in layout.cache:
-            layout.cache["clips"] = cls._build(layout)
-        return layout.cache["clips"]
+        return layout.table("clips", cls._build)
 
     @classmethod
     def _build(cls, layout: VideoLayout) -> "Clips":
@@ -52,7 +50,7 @@ class Clips:
         known += [False] * (max(frames, 1) - len(known))  # a table of a pack without video is not empty: kernels take its address
         runs += [(0, 0)] * (max(frames, 1) - len(runs))
         offsets += offsets[-1:] * (clips + 1 - len(offsets))
-        return cls(*(torch.tensor(values, dtype=torch.int32, device=layout.device) for values in (spans, known, runs, offsets)))
+        return cls(*(to_device(torch.tensor(values, dtype=torch.int32), layout.device) for values in (spans, known, runs, offsets)))
 
 
 def tiles(layout: VideoLayout, block: int, mask: Mask, other: VideoLayout, *, of_keys: bool = False) -> torch.Tensor:
@@ -60,21 +58,22 @@ def tiles(layout: VideoLayout, block: int, mask: Mask, other: VideoLayout, *, of
 
     The tiles are of queries, and `other` is where the keys lie, or with `of_keys` the other way round. Built once for its arguments.
     """
-    key = ("tiles", block, mask, of_keys, None if other is layout else other.clips)
-    if key not in layout.cache:
-        table = _order(layout, block, mask, other, of_keys)
-        size = len(table)
-        if layout.capacity:  # of text and of video each clip may have one partial tile, of single sites no tile need be full
-            size = layout.capacity.tokens if mask.same_site else layout.capacity.tokens // block + 2 * layout.capacity.clips
-        padded = torch.full((max(size, 1), 3), -1, dtype=torch.int32)
-        padded[: len(table)] = table
-        layout.cache[key] = padded.to(layout.device)
-    return layout.cache[key]
+    return layout.table(("tiles", block, mask, of_keys), partial(_tiles, block, mask, of_keys), other)
+
+
+def _tiles(block: int, mask: Mask, of_keys: bool, layout: VideoLayout, other: VideoLayout | None = None) -> torch.Tensor:
+    table = _order(layout, block, mask, other or layout, of_keys)
+    size = len(table)
+    if layout.capacity:  # of text and of video each clip may have one partial tile, of single sites no tile need be full
+        size = layout.capacity.tokens if mask.same_site else layout.capacity.tokens // block + 2 * layout.capacity.clips
+    padded = torch.full((max(size, 1), 3), -1, dtype=torch.int32)
+    padded[: len(table)] = table
+    return to_device(padded, layout.device)
 
 
 def _order(layout: VideoLayout, block: int, mask: Mask, other: VideoLayout, of_keys: bool) -> torch.Tensor:
     parts, work = [torch.zeros(0, 3, dtype=torch.int32)], [torch.zeros(0, dtype=torch.int64)]
-    for i, (clip, partner) in enumerate(zip(layout.clips, other.clips, strict=True)):
+    for i, (clip, partner) in enumerate(zip(layout.clips, other.clips, strict=False)):  # one may yet have to be refilled
         everything = partner.frames * partner.frame_tokens + partner.text_length
         if mask.same_site:
             sites, length, frame, seen_tokens = torch.arange(clip.frame_tokens), clip.frames, 1, 1
@@ -106,6 +105,102 @@ def _seen(clip: ClipSpan, partner: ClipSpan, mask: Mask, of_keys: bool) -> torch
     return mask.rule(t, u, torch.tensor(keys.known, dtype=torch.bool)[None, :]).sum(dim=0 if of_keys else 1)
 
 
+def visible_pairs(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> int:
+    """How many pairs of a query and a key see each other."""
+    pairs = 0
+    for clip, partner in zip(layout.clips, kv_layout.clips, strict=True):
+        keys = 1 if mask.same_site else partner.frame_tokens
+        video = int(_seen(clip, partner, mask, of_keys=False).sum()) * clip.frame_tokens * keys
+        everything = partner.frames * partner.frame_tokens + partner.text_length
+        pairs += video + clip.frames * clip.frame_tokens * partner.text_length + clip.text_length * everything
+    return pairs
+
+
 def _runs(known: tuple[bool, ...]) -> list[tuple[int, int]]:
     edges = [i for i, (a, b) in enumerate(zip((False, *known), (*known, False), strict=True)) if a != b]
     return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+OPEN, ENDING, RULED, HIDDEN = 0, 1, 2, 3
+"""How the mask bears on a stretch of keys: every query of the tile sees it; a query sees it as far as its window reaches (a sink, which
+some queries have left behind while others come too early for it); a query sees of it what lies in its window; no query sees it.
+"""
+
+
+def key_blocks(layout: VideoLayout, block_m: int, block_n: int, mask: Mask, kv_layout: VideoLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the tiles of `tiles(layout, block_m, mask, kv_layout)` see, on their device; not for masks of one site.
+
+    int32 spans (tiles, 2): which of the blocks are a tile's, [begin, end); tiles that see the same share them. int32 blocks (n, 3): the
+    first of block_n rows, the end of the stretch that they belong to, from which on they do not count, both on the token axis of the keys,
+    and OPEN, ENDING or RULED. A stretch begins with a block and lies in one clip, so what a clip gives does not depend on what it is packed
+    with. Built once for its arguments.
+    """
+    return layout.table(("key blocks", block_m, block_n, mask), partial(_key_blocks, block_m, block_n, mask), kv_layout)
+
+
+def _key_blocks(
+    block_m: int, block_n: int, mask: Mask, layout: VideoLayout, kv_layout: VideoLayout | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kv_layout = kv_layout or layout
+    table = _order(layout, block_m, mask, kv_layout, of_keys=False)
+    list_of_tile, lists, parts = torch.zeros(len(table), dtype=torch.int64), 0, [torch.zeros(4, 0, dtype=torch.int64)]
+    for i, (clip, partner) in enumerate(zip(layout.clips, kv_layout.clips, strict=False)):
+        mine = table[:, 0] == i
+        kinds, edges = _kinds(clip, partner, mask, table[mine], block_m)
+        kinds, which = kinds.unique(dim=0, return_inverse=True)
+        list_of_tile[mine] = lists + which
+        parts.append(_stretches(kinds, edges, lists))
+        lists += len(kinds)
+    list_of_stretch, start, stop, kind = torch.cat(parts, dim=1)
+    counts = (stop - start + block_n - 1) // block_n
+    stretch = torch.arange(len(counts)).repeat_interleave(counts)
+    nth = torch.arange(len(stretch)) - (counts.cumsum(0) - counts)[stretch]
+    found = torch.stack((start[stretch] + block_n * nth, stop[stretch], kind[stretch]), dim=1)
+    lengths = torch.zeros(lists, dtype=torch.int64).index_add(0, list_of_stretch, counts)
+    ends = lengths.cumsum(0)
+    spans = torch.zeros(len(tiles(layout, block_m, mask, kv_layout)), 2, dtype=torch.int32)
+    spans[: len(table)] = torch.stack((ends - lengths, ends), dim=1)[list_of_tile]
+    blocks = torch.zeros(_most_blocks(len(found), len(spans), block_n, mask, layout, kv_layout), 3, dtype=torch.int32)
+    blocks[: len(found)] = found
+    return to_device(spans, layout.device), to_device(blocks, layout.device)
+
+
+def _most_blocks(found: int, tiles: int, block: int, mask: Mask, layout: VideoLayout, kv_layout: VideoLayout) -> int:
+    """A number of blocks that is enough for every pack of the capacities; without any, those that were found."""
+    if not layout.capacity and not kv_layout.capacity:
+        return max(found, 1)
+    clips, frames = (layout.capacity.clips, layout.capacity.frames) if layout.capacity else (layout.num_clips, layout.num_frames)
+    kv_frames = kv_layout.capacity.frames if kv_layout.capacity else kv_layout.num_frames
+    whole, rule = kv_layout.tokens // block, mask.as_rule()
+    if not rule.causal and not rule.window:  # a list for each clip, of one stretch
+        return max(whole + clips, 1)
+    # Tiles inside a frame share a list, tiles across an edge of frames have it to themselves, and so has text. Each frame may be a stretch.
+    return max(min(tiles, 2 * frames + clips) * (whole + kv_frames + 1), 1)
+
+
+def _kinds(clip: ClipSpan, partner: ClipSpan, mask: Mask, tiles: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the partner's frames and its text, as they follow each other, are to a clip's tiles of `block` rows: kinds (tiles, parts). And
+    where these parts lie: tokens (parts + 1,).
+    """
+    t = torch.arange(clip.frames)[:, None] + clip.first_frame
+    u = torch.arange(partner.frames)[None, :] + partner.first_frame
+    seen = mask.rule(t, u, torch.tensor(partner.known, dtype=torch.bool)[None, :])
+    by_earlier = torch.nn.functional.pad(seen.cumsum(0, dtype=torch.int32), (0, 0, 1, 0))
+    length, frame, of_text = clip.frames * clip.frame_tokens, max(clip.frame_tokens, 1), tiles[:, 2] == TEXT
+    start = torch.where(of_text, 0, tiles[:, 1] // frame)
+    stop = torch.where(of_text, 0, ((tiles[:, 1] + block).clamp(max=length) + frame - 1) // frame)  # text is in no frame, and sees them all
+    seeing, sink = by_earlier[stop] - by_earlier[start], mask.as_rule().sink
+    kinds = torch.where((u < sink) & (sink > 0), ENDING, RULED).where(seeing > 0, HIDDEN).where(seeing < (stop - start)[:, None], OPEN)
+    tokens = partner.video_start + partner.frame_tokens * torch.arange(partner.frames + 1)
+    text_first = partner.text_stop <= partner.video_start
+    kinds = torch.nn.functional.pad(kinds, (1, 0) if text_first else (0, 1), value=OPEN)
+    ends = torch.tensor([partner.text_start]), tokens, torch.tensor([partner.text_stop])
+    return kinds, torch.cat(ends[:2] if text_first else ends[1:])
+
+
+def _stretches(kinds: torch.Tensor, tokens: torch.Tensor, first: int) -> torch.Tensor:
+    """Neighbouring parts of one kind, unless they are hidden, as rows list (counted from `first`), first token, past the last one, kind."""
+    kinds = torch.nn.functional.pad(kinds, (1, 1), value=HIDDEN)
+    row, edge = (kinds[:, 1:] != kinds[:, :-1]).nonzero().unbind(1)
+    kind = kinds[row, edge + 1]
+    return torch.stack((first + row, tokens[edge], tokens[edge].roll(-1), kind))[:, kind != HIDDEN]  # the last of each list is hidden

@@ -1,0 +1,170 @@
+"""Attention as operators of torch.library: a graph of torch.compile holds a call whole, and FLOP counters know what it costs.
+
+An operator takes tensors and numbers. A layout goes in by its handle and a mask by its rule, so that a graph compiled once serves every
+pack: what depends on a layout is looked up, and checked, when the call runs.
+
+    forwards 4 d, backwards 10 d floating-point operations for each head and each pair of tokens that see each other
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from ..dispatch import choose, select
+from ..fp8 import dequantize_rows
+from ..layout import VideoLayout
+from ..masks import Mask, RuleMask
+from .grouped import attention_grouped, attention_grouped_backward, attention_grouped_lse
+from .reference import attention_reference
+from .schedule import visible_pairs
+
+try:
+    from . import block
+except ModuleNotFoundError as error:  # a CPU needs no triton
+    if error.name != "triton":
+        raise
+    block = None
+
+Scales = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+OUT_OF_FP8 = torch.bfloat16
+NO_GLUON = "this op has no Gluon kernel yet"
+
+
+def implementations(q: torch.Tensor, with_lse: bool) -> tuple[dict[str, Callable], dict[str, str]]:
+    """What can run on q, the preferred first, and why the rest cannot. Each takes what `attention_reference` takes, and gives (out, lse),
+    or without `with_lse` out alone where lse costs something.
+    """
+    available = {"torch": attention_grouped_lse if with_lse else attention_grouped, "reference": attention_reference}
+    reason = "triton is not installed" if block is None else block.unavailable(q)
+    if reason is not None:
+        return available, {"triton": f"the Triton kernel: {reason}", "gluon": NO_GLUON}
+    triton = {"triton": block.forward_block}
+    return triton | available if q.device.type == "cuda" else available | triton, {"gluon": NO_GLUON}
+
+
+def run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scales: Scales | None,
+    layout: VideoLayout,
+    mask: Mask,
+    kv_layout: VideoLayout,
+    scale: float,
+    with_lse: bool,
+    implementation: str,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(out, lse), by the implementation that is asked for; no lse where none is asked for and it costs something."""
+    check_layouts(layout, mask, kv_layout)
+    function = select("attention", implementation, *implementations(q, with_lse))
+    if block is not None and function is block.forward_block:
+        return function(q, k, v, layout, mask, kv_layout, scale, scales)
+    if scales is not None:
+        q, k, v = (dequantize_rows(x, each) for x, each in zip((q, k, v), scales, strict=True))
+    result = function(q, k, v, layout, mask, kv_layout, scale)
+    out, lse = (result, None) if isinstance(result, torch.Tensor) else result
+    return out if scales is None else out.to(OUT_OF_FP8), lse
+
+
+def check_layouts(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> None:
+    """Raises ValueError if the clips of the two cannot attend to each other."""
+    if layout is kv_layout:
+        return
+    if layout.num_clips != kv_layout.num_clips:
+        raise ValueError(f"kv_layout: expected {layout.num_clips} clips as in layout, got {kv_layout.num_clips}")
+    if mask.same_site:
+        for i, (a, b) in enumerate(zip(layout.clips, kv_layout.clips, strict=True)):
+            if b.frames and a.frames and a.grid[1:] != b.grid[1:]:
+                raise ValueError(f"kv_layout: Temporal needs clip {i} on one (H, W) grid, got {a.grid[1:]} and {b.grid[1:]}")
+
+
+@torch.library.custom_op("tubelet::attention", mutates_args=())
+def operator(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_scale: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    layout: int,
+    kv_layout: int,
+    rule: list[int],
+    same_site: bool,
+    scale: float | None,
+    with_lse: bool,
+    implementation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`run`, with the scales one by one, layouts as handles, a mask as its rule, and no lse as an empty tensor."""
+    scales = None if q_scale is None else (q_scale, k_scale, v_scale)
+    mask, layouts = RuleMask.of(rule, same_site), (VideoLayout.of_handle(layout), VideoLayout.of_handle(kv_layout))
+    out, lse = run(q, k, v, scales, layouts[0], mask, layouts[1], _scale(scale, q), with_lse, implementation)
+    lse = q.new_empty(0, dtype=torch.float32) if lse is None else lse.contiguous()
+    lse.untyped_storage().layouts = layouts  # saved for the backward pass, it keeps them alive until then
+    return out.contiguous(), lse
+
+
+@operator.register_fake
+def _(q, k, v, q_scale, k_scale, v_scale, layout, kv_layout, rule, same_site, scale, with_lse, implementation):
+    has_lse = with_lse or choose("attention", implementation, *implementations(q, with_lse)) == "triton"
+    out = q.new_empty(q.shape, dtype=q.dtype if q_scale is None else OUT_OF_FP8)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out, q.new_empty((q.shape[1], q.shape[0]) if has_lse else 0, dtype=dtype)
+
+
+@torch.library.custom_op("tubelet::attention_backward", mutates_args=())
+def operator_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    layout: int,
+    kv_layout: int,
+    rule: list[int],
+    same_site: bool,
+    scale: float | None,
+    implementation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv."""
+    mask, layouts = RuleMask.of(rule, same_site), (VideoLayout.of_handle(layout), VideoLayout.of_handle(kv_layout))
+    if choose("attention", implementation, *implementations(q, False)) != "triton":
+        return attention_grouped_backward(do, q, k, v, layouts[0], mask, layouts[1], _scale(scale, q))
+    do = do if do.stride(-1) == 1 else do.contiguous()
+    return block.backward_block(do, q, k, v, out, lse, layouts[0], mask, layouts[1], _scale(scale, q))
+
+
+@operator_backward.register_fake
+def _(do, q, k, v, *rest):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, *_, layout, kv_layout, rule, same_site, scale, _, implementation = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.rest = layout, kv_layout, rule, same_site, scale, implementation
+
+
+def _backward(ctx, do, _):
+    return *operator_backward(do, *ctx.saved_tensors, *ctx.rest), *[None] * 10
+
+
+operator.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _scale(scale: float | None, q: torch.Tensor) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+
+
+@register_flop_formula(torch.ops.tubelet.attention, get_raw=True)
+def _flops(q, k, v, q_scale, k_scale, v_scale, layout, kv_layout, rule, same_site, *rest, out_val=None) -> int:
+    pairs = visible_pairs(VideoLayout.of_handle(layout), RuleMask.of(rule, same_site), VideoLayout.of_handle(kv_layout))
+    return 4 * q.shape[1] * q.shape[2] * pairs
+
+
+@register_flop_formula(torch.ops.tubelet.attention_backward, get_raw=True)
+def _backward_flops(do, q, k, v, out, lse, layout, kv_layout, rule, same_site, *rest, out_val=None) -> int:
+    pairs = visible_pairs(VideoLayout.of_handle(layout), RuleMask.of(rule, same_site), VideoLayout.of_handle(kv_layout))
+    return 10 * q.shape[1] * q.shape[2] * pairs

@@ -1,0 +1,155 @@
+"""Attention as an operator of torch.library: registered as it should be, one graph for every pack, its operations counted."""
+
+import gc
+
+import pytest
+import torch
+from test_attention import FEW_MASKS, LAYOUTS, MASKS, definition, leaves, qkv_of, randn
+from tolerance import assert_close
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
+from tubelet.kernels import Capacity, FrameCausal, Full, Spatial, Temporal, VideoLayout, attention, engaged, quantize_rows, reset_engaged
+from tubelet.kernels.attention.grouped import attention_grouped_backward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+PACKS = [([(3, 2, 2)], [3]), ([(4, 2, 3), (1, 3, 3)], [4, 0]), ([(2, 5, 5), (3, 2, 2), (1, 1, 5)], [2, 9, 1])]
+
+
+def implementations():
+    try:
+        import triton  # noqa: F401
+    except ModuleNotFoundError:
+        return ["torch"]
+    return ["torch", "triton"]
+
+
+def to_device(tensors):
+    return tuple(x.to(DEVICE) for x in tensors)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("name", ["text first", "known and text", "later frames", "capacity"])
+def test_the_backward_written_out(name, mask):
+    layout = VideoLayout.pack(**LAYOUTS[name])
+    qkv = leaves(*qkv_of(layout, heads=4, kv_heads=2), dtype=torch.float64)
+    direction = randn(*qkv[0].shape, dtype=torch.float64, seed=9)
+    definition(*qkv, layout, mask).backward(direction)
+    found = attention_grouped_backward(direction, *(x.detach() for x in qkv), layout, mask, layout, qkv[0].shape[2] ** -0.5)
+    for ours, x in zip(found, qkv, strict=True):
+        if x.grad.abs().max() > 1e-12:
+            assert_close(ours, x.grad, torch.float64)
+
+
+@pytest.mark.parametrize("implementation", implementations())
+def test_registered_as_it_should_be(implementation):
+    layout, text = VideoLayout.pack([(3, 2, 3), (1, 2, 2)], device=DEVICE), VideoLayout.segments([3, 4], device=DEVICE)
+    q, k, v = leaves(*to_device(qkv_of(layout, text)))
+    rule = [int(number) for number in FrameCausal().as_rule()]
+    rest = (layout.handle, text.handle, rule, False, None, False, implementation)
+    # aot_dispatch_static compares its gradients to those of eager mode, bit for bit or nearly so
+    torch.library.opcheck(torch.ops.tubelet.attention, (q, k, v, None, None, None, *rest))
+    out, lse = torch.ops.tubelet.attention(q, k, v, None, None, None, *rest)
+    arguments = (out, q, k, v, out, lse, *rest[:5], implementation)
+    torch.library.opcheck(torch.ops.tubelet.attention_backward, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in arguments))
+
+
+def block(q, k, v, layout, text, mask, implementation):
+    x = attention(q * 2, k, v, layout, mask, implementation=implementation)
+    x, lse = attention(
+        x, k[: text.tokens], v[: text.tokens], layout, Full(), kv_layout=text, return_lse=True, scale=0.5, implementation=implementation
+    )
+    return x + 1, lse
+
+
+@pytest.mark.parametrize("mask", [Spatial(), Temporal(), FrameCausal(chunk=2, window=3)], ids=str)
+@pytest.mark.parametrize(("implementation", "backend"), [("torch", "inductor"), *((name, "aot_eager") for name in implementations()[1:])])
+def test_a_graph_without_a_break_compiled_once(implementation, backend, mask):
+    """Forwards and backwards, for packs of other clips, frames, tokens and texts; what ran in the graph is recorded."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
+    for grids, lengths in PACKS:
+        layout, text = VideoLayout.pack(grids, device=DEVICE), VideoLayout.segments(lengths, device=DEVICE)
+        qkv = leaves(*to_device(qkv_of(layout)))
+        reset_engaged()
+        wanted, found = (f(*qkv, layout, text, mask, implementation) for f in (block, compiled))
+        assert engaged()["attention"][implementation].calls == 4
+        for a, b in zip(found, wanted, strict=True):
+            assert_close(a.detach(), b.detach().double(), torch.float32) if b.isfinite().all() else torch.testing.assert_close(a, b)
+        grads = [torch.autograd.grad(x.square().sum(), qkv) for x, _ in (found, wanted)]
+        for a, b in zip(*grads, strict=True):
+            assert_close(a, b.double(), torch.float32)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("implementation", implementations())
+def test_a_layout_lives_until_the_backward_pass(implementation, backend):
+    """Whoever made it may have forgotten it by then; nothing holds it any longer."""
+
+    def forget(qkv):
+        layout = VideoLayout.pack([(3, 2, 2)], device=DEVICE)
+        function = torch.compile(lambda q, k, v, layout: attention(q, k, v, layout, Full(), implementation=implementation), backend=backend)
+        return function(*qkv, layout), layout.handle
+
+    torch._dynamo.reset()
+    qkv = leaves(*to_device(qkv_of(VideoLayout.pack([(3, 2, 2)]))))
+    out, handle = forget(qkv)
+    gc.collect()
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in qkv)
+    del out
+    torch._dynamo.reset()
+    gc.collect()
+    with pytest.raises(ValueError, match="layout: expected the handle of a living VideoLayout"):
+        VideoLayout.of_handle(handle)
+
+
+def test_bad_input_in_a_graph():
+    """What only a look at the clips tells is told when the graph runs."""
+    compiled = torch.compile(
+        lambda q, k, v, layout, text: attention(q, k, v, layout, Full(), kv_layout=text), fullgraph=True, backend="aot_eager"
+    )
+    layout, text = VideoLayout.pack([(1, 2, 2)]), VideoLayout.segments([2, 2])
+    with pytest.raises(ValueError, match="kv_layout: expected 1 clips as in layout, got 2"):
+        compiled(*qkv_of(layout, text), layout, text)
+
+
+def pairs(layout, mask, kv_layout=None):
+    return int(mask.allowed(layout.coordinates[:, None], (kv_layout or layout).coordinates[None]).sum())
+
+
+@pytest.mark.parametrize("mask", FEW_MASKS, ids=str)
+@pytest.mark.parametrize("name", ["image beside video", "text first", "known and text", "capacity"])
+def test_operations_are_counted(name, mask):
+    layout = VideoLayout.pack(**LAYOUTS[name])
+    qkv = leaves(*qkv_of(layout, heads=2, kv_heads=1, dim=16))
+    rule = [int(number) for number in mask.as_rule()]
+    with FlopCounterMode(display=False) as counter:
+        out, _ = torch.ops.tubelet.attention(
+            *qkv, None, None, None, layout.handle, layout.handle, rule, mask.same_site, None, False, "torch"
+        )
+        assert counter.get_total_flops() == 4 * 2 * 16 * pairs(layout, mask)
+        out.sum().backward()
+    assert counter.get_total_flops() == 14 * 2 * 16 * pairs(layout, mask)
+
+
+def test_operations_of_cross_attention():
+    layout, text = VideoLayout.pack([(2, 3, 3), (1, 2, 2)]), VideoLayout.segments([5, 0], capacity=Capacity(3, 0, 9))
+    with FlopCounterMode(display=False) as counter:
+        attention(*qkv_of(layout, text), layout, Full(), kv_layout=text, implementation=implementations()[-1])
+    if implementations()[-1] == "triton":
+        assert counter.get_total_flops() == 4 * 2 * 16 * 18 * 5
+
+
+def test_a_graph_of_fp8():
+    layout = VideoLayout.pack([(2, 3, 3), (1, 2, 2)])
+
+    def quantised(q, k, v):
+        x8, scales = zip(*(quantize_rows(x) for x in (q, k, v)), strict=True)
+        return attention(*x8, layout, FrameCausal(), scales=scales)
+
+    qkv = qkv_of(layout)
+    found = torch.compile(quantised, fullgraph=True, backend="aot_eager")(*qkv)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, quantised(*qkv))
