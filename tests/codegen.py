@@ -18,6 +18,7 @@ from pathlib import Path
 LEDGER = Path(__file__).with_suffix(".json")
 KERNELS = ("block_forward", "block_backward_queries", "block_backward_keys")
 HOPPER = "hopper_forward"
+TEMPORAL = ("temporal_forward", "temporal_backward")
 INPUTS = ("q_ptr", "k_ptr", "v_ptr", "do_ptr")
 RESULTS = ("out_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
 SUMS = ("lse_ptr", "delta_ptr", "q_scale_ptr", "k_scale_ptr", "v_scale_ptr")
@@ -33,9 +34,12 @@ class Case:
     mask: str = "FrameCausal()"
     known: bool = False
     dtype: str = "bf16"
+    rows: int = 0
+    text: bool = False
 
     def __str__(self) -> str:
         rest = (" known" if self.known else "") + ("" if self.dtype == "bf16" else f" {self.dtype}")
+        rest += (f" {self.rows} rows" if self.rows else "") + (" text" if self.text else "")
         return f"{self.gpu} {self.kernel} {self.head_dim} {self.mask}{rest}"
 
 
@@ -46,6 +50,12 @@ CASES = [
     *(Case(kernel, "sm_90", 128, "FrameCausal(chunk=3, window=4, sink=1)", True) for kernel in KERNELS),
     *(Case(KERNELS[0], gpu, dim, dtype="fp8e4nv") for gpu, dim in (("sm_90", 64), ("sm_90", 72), ("sm_90", 128), ("sm_100", 128))),
     *(Case(HOPPER, "sm_90", dim) for dim in (64, 128)),
+    *(Case(TEMPORAL[0], "sm_90", dim, "Temporal()", rows=64) for dim in (64, 72, 128, 256)),
+    *(Case(TEMPORAL[0], "sm_90", dim, "Temporal()", rows=128) for dim in (64, 72, 128)),
+    *(Case(TEMPORAL[1], "sm_90", dim, "Temporal()", rows=64) for dim in (64, 72, 128)),
+    *(Case(TEMPORAL[0], gpu, dim, "Temporal()", rows=64) for gpu in ("sm_80", "sm_100", "gfx942") for dim in (64, 128)),
+    *(Case(TEMPORAL[1], gpu, dim, "Temporal()", rows=64) for gpu in ("sm_80", "sm_100") for dim in (64, 128)),
+    *(Case(kernel, "sm_90", 128, "Temporal(window=4)", known=True, rows=64, text=True) for kernel in TEMPORAL),
     *(Case(HOPPER, "sm_90", 128, mask) for mask in ("Full()", "Spatial()", "FrameCausal(chunk=3, window=4, sink=1)")),
 ]
 
@@ -57,17 +67,21 @@ def compile_case(case: Case) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from tubelet import kernels
-    from tubelet.kernels.attention import block, configs, hopper
+    from tubelet.kernels.attention import block, configs, hopper, temporal
 
     dtype = torch.float8_e4m3fn if case.dtype == "fp8e4nv" else torch.bfloat16
     if case.kernel == HOPPER:
         function, config = hopper.hopper_forward, hopper.default_config(case.head_dim)
+    elif case.kernel in TEMPORAL:
+        function = getattr(temporal, case.kernel)
+        config = temporal.config(case.rows, backward=case.kernel == TEMPORAL[1])
     else:
         function = getattr(block, case.kernel)
         rule = configs.default_configs(case.head_dim, dtype, SHARED_MEMORY[case.gpu], amd=case.gpu.startswith("gfx"))
         config = rule[KERNELS.index(case.kernel)]
     mask = eval(case.mask, vars(kernels))
     constants = {"GROUP": 1, "SITE": mask.same_site, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "HEAD_DIM": case.head_dim}
+    constants["HAS_TEXT"] = case.text
     dims = case.head_dim, *configs.split_head_dim(case.head_dim, configs.least_product(dtype))
     tuples = {"RULE": mask.as_rule()._replace(sees_known=case.known), "DIMS": dims}
     signature, constexprs, attributes = {}, {}, {}
@@ -115,6 +129,7 @@ def _nvidia(ptx: str, cubin: bytes) -> dict[str, int]:
         "tma": ptx.count("cp.async.bulk.tensor"),
         "setmaxnreg": ptx.count("setmaxnreg"),
         "loads of 16 bytes": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.cg\S* .*, 0x10|cp\.async\.c[ag]", ptx)),
+        "stores of 16 bytes": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
     }
 
 
@@ -127,6 +142,7 @@ def _amd(assembly: str) -> dict[str, int]:
         "stack": figure("vgpr_spill_count"),
         "mma": len(re.findall(r"\bv_mfma", assembly)),
         "loads of 16 bytes": len(re.findall(r"global_load_dwordx4|buffer_load_dwordx4", assembly)),
+        "stores of 16 bytes": len(re.findall(r"global_store_dwordx4|buffer_store_dwordx4", assembly)),
     }
 
 

@@ -490,7 +490,12 @@ def test_refused():
             TypeError,
             r"k: expected .* the same for q, k and v, got torch.float64 \(q is torch.float32\)",
         ),
-        ((q.int(), k, v, layout, Full()), {}, TypeError, "q: expected float16, bfloat16, float32 or float64, .* got torch.int32"),
+        (
+            (q.int(), k, v, layout, Full()),
+            {},
+            TypeError,
+            r"q: expected float16, .* or float64 \(float8_e4m3fn needs scales\), .* got torch.int32",
+        ),
         ((q, k, v.to("meta"), layout, Full()), {}, ValueError, "v: expected q, k, v and their layouts on one device, got meta"),
         ((q, k, v, layout.to("meta"), Full()), {}, ValueError, "q: expected .* on one device, got cpu .*layout on meta"),
         (

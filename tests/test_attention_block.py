@@ -3,6 +3,7 @@
 Tiles are as small as they can be where the interpreter runs them, so that small clips have whole tiles, edges and several of each.
 """
 
+from contextlib import nullcontext
 from functools import partial
 from unittest import mock
 
@@ -31,6 +32,8 @@ from tolerance import TOLERANCE, assert_close
 from tubelet.kernels import Capacity, FrameCausal, Full, Spatial, Temporal, VideoLayout, attention, engaged, reset_engaged
 
 block = pytest.importorskip("tubelet.kernels.attention.block", reason="triton is not installed")
+fused = pytest.importorskip("tubelet.kernels.attention.fused")
+temporal = pytest.importorskip("tubelet.kernels.attention.temporal")
 attention_configs = pytest.importorskip("tubelet.kernels.attention.configs")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -64,7 +67,7 @@ def small_tiles():
 
 
 def tiles_of(configs):
-    return mock.patch.object(block, "configs_for", lambda q, mask: configs)
+    return mock.patch.object(fused, "configs_for", lambda q, mask: configs)
 
 
 def run(q, k, v, layout, mask, kv_layout=None):
@@ -239,23 +242,27 @@ def test_replay_with_other_lengths(mask):
     capacities = Capacity(clips=4, frames=9, tokens=60), Capacity(clips=4, frames=0, tokens=20)
     layout, words = pack(**PACKS[0], capacity=capacities[0]), segments([3, 5], capacity=capacities[1])
     launches = []
-    kernels = {
-        name: Recorder(getattr(block, name), launches) for name in ("block_forward", "block_backward_queries", "block_backward_keys")
-    }
+    names = ("block_forward", "block_backward_queries", "block_backward_keys"), ("temporal_forward", "temporal_backward")
+    kernels, others = (
+        {name: Recorder(getattr(module, name), launches) for name in each} for module, each in zip((block, temporal), names, strict=True)
+    )
     qkv, across = qkv_of(layout, heads=2, kv_heads=1), qkv_of(layout, words, heads=2, kv_heads=1)
     directions = torch.empty_like(qkv[0]), torch.empty_like(qkv[0])
     graph = torch.cuda.CUDAGraph() if DEVICE == "cuda" else None
     scale = 0.25
     if graph:  # compiled before the capture
-        block.backward_block(directions[0], *qkv, *block.forward_block(*qkv, layout, mask, layout, scale), layout, mask, layout, scale)
-        block.backward_block(
-            directions[1], *across, *block.forward_block(*across, layout, Full(), words, scale), layout, Full(), words, scale
+        fused.attention_fused_backward(
+            directions[0], *qkv, *fused.attention_fused(*qkv, layout, mask, layout, scale), layout, mask, layout, scale
         )
-    with torch.cuda.graph(graph) if graph else mock.patch.multiple(block, **kernels):
+        fused.attention_fused_backward(
+            directions[1], *across, *fused.attention_fused(*across, layout, Full(), words, scale), layout, Full(), words, scale
+        )
+    recording = mock.patch.multiple(block, **kernels), mock.patch.multiple(temporal, **others)
+    with torch.cuda.graph(graph) if graph else recording[0], nullcontext() if graph else recording[1]:
         results = []
         for x, direction, rule, where in ((qkv, directions[0], mask, layout), (across, directions[1], Full(), words)):
-            out, lse = block.forward_block(*x, layout, rule, where, scale)
-            results.append((out, lse, *block.backward_block(direction, *x, out, lse, layout, rule, where, scale)))
+            out, lse = fused.attention_fused(*x, layout, rule, where, scale)
+            results.append((out, lse, *fused.attention_fused_backward(direction, *x, out, lse, layout, rule, where, scale)))
     for i, new in enumerate([*PACKS[1:], PACKS[0]]):
         lengths = [3 + i, 2, 7][: len(new["grids"])]
         layout.refill(pack(**new, capacity=capacities[0]))
@@ -273,8 +280,8 @@ def test_replay_with_other_lengths(mask):
             (across, directions[1], Full(), few, results[1]),
         ):
             q, k, v = (each[: lay.tokens] for each, lay in zip(x, (exact, where, where), strict=True))
-            out, lse = block.forward_block(q, k, v, exact, rule, where, scale)
-            grads = block.backward_block(direction[: exact.tokens], q, k, v, out, lse, exact, rule, where, scale)
+            out, lse = fused.attention_fused(q, k, v, exact, rule, where, scale)
+            grads = fused.attention_fused_backward(direction[: exact.tokens], q, k, v, out, lse, exact, rule, where, scale)
             for a, b in zip(found, (out, lse, *grads), strict=True):
                 a = a[:, : exact.tokens] if a is found[1] else a[: len(b)]
                 assert torch.equal(a, b)

@@ -27,7 +27,7 @@ from tubelet.kernels import Capacity, FrameCausal, Full, Spatial, Temporal, Vide
 from tubelet.kernels.masks import visible
 
 hopper = pytest.importorskip("tubelet.kernels.attention.hopper", reason="triton is not installed")
-from tubelet.kernels.attention import block, schedule  # noqa: E402  block needs triton
+from tubelet.kernels.attention import fused, schedule  # noqa: E402  needs triton
 from tubelet.kernels.attention.configs import Configs  # noqa: E402
 
 COMPILED = torch.cuda.is_available()
@@ -339,7 +339,7 @@ def test_real_sizes_on_a_gpu(mask, grid, dim):
     layout = pack([grid])
     q, k, v = (torch.randn(layout.tokens, 2, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     out, lse = run(q, k, v, layout, mask, config=hopper.default_config(dim))
-    wanted, wanted_lse = block.forward_block(q.float(), k.float(), v.float(), layout, mask, layout, dim**-0.5)
+    wanted, wanted_lse = fused.attention_fused(q.float(), k.float(), v.float(), layout, mask, layout, dim**-0.5)
     assert_close(out, wanted.double(), torch.bfloat16)
     assert_close(lse, wanted_lse.double(), torch.float32)
 
@@ -366,7 +366,7 @@ def test_in_a_captured_graph():
 def test_the_op_takes_it_where_it_was_tuned(monkeypatch):
     """And the block kernel with the rule's settings where it cannot run, whose tuned ones are not known then."""
     chosen = Configs(SMALL, SMALL, SMALL, specialised=True)
-    monkeypatch.setattr(block, "configs_for", lambda q, mask: chosen)
+    monkeypatch.setattr(fused, "configs_for", lambda q, mask: chosen)
     calls = []
     monkeypatch.setattr(hopper, "forward_hopper", lambda *arguments, f=hopper.forward_hopper: calls.append(arguments[-1]) or f(*arguments))
     layout = pack([(3, 2, 3)])

@@ -11,7 +11,7 @@ from tubelet.engine import cli
 from tubelet.engine.pretrained import write_json
 from tubelet.kernels import FrameCausal, Full, Spatial, Temporal, tuned
 
-block = pytest.importorskip("tubelet.kernels.attention.block", reason="triton is not installed")
+fused = pytest.importorskip("tubelet.kernels.attention.fused", reason="triton is not installed")
 from tubelet.kernels.attention import configs, tune  # noqa: E402
 from tubelet.kernels.attention.reference import attention_reference  # noqa: E402
 
@@ -169,8 +169,8 @@ def search(monkeypatch):
 
             return launch
 
-        monkeypatch.setattr(tune, "forward_block", launching(forward))
-        monkeypatch.setattr(tune, "backward_block", launching(backward))
+        monkeypatch.setattr(tune, "attention_fused", launching(forward))
+        monkeypatch.setattr(tune, "attention_fused_backward", launching(backward))
         options = {"blocks": (16, 32)} | options
         return tune.tune(16, torch.float32, "video", CPU, shapes=shapes, timer=lambda call: cost(launched[-1]), **options)
 
@@ -205,7 +205,7 @@ def test_the_fastest_is_found(search):
 
 def test_the_kernel_itself(search):
     """Interpreted: its results are taken for right."""
-    kernels = {"forward": block.forward_block, "backward": block.backward_block}
+    kernels = {"forward": fused.attention_fused, "backward": fused.attention_fused_backward}
     found = search(lambda ran: 1.0 if ran == RULE else 2.0, quick=True, shapes=TINY[:1], **kernels)
     assert found.configs == RULE and found.left_out == {}
 

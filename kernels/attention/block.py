@@ -30,17 +30,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..fp8 import FP8
 from ..layout import VideoLayout
 from ..masks import Mask, visible
-from . import hopper
-from .configs import Config, Configs, configs_for, default_configs, least_product, limits, split_head_dim
-from .ranges import LEAST_SCALE, LN_2, LOG2_E, SHIFT, TEXT, VIDEO, clamped, sequence, strides, window
-from .schedule import Clips, tiles
+from .configs import Config, least_product, split_head_dim
+from .ranges import LN_2, LOG2_E, SHIFT, TEXT, VIDEO, clamped, sequence, window
+from .schedule import Clips
 
-LARGEST_HEAD_DIM = 256
-FIRST_WITH_FP8 = (8, 9)
-"""Ada."""
 HEADROOM = tl.constexpr(8)
 """Weights in FP8 are at most 2^8, near the 448 where E4M3 ends, since it ends below at 2^-9."""
 
@@ -333,6 +328,17 @@ def _load_lse(lse_ptr, base, step, rows, stop):
 
 
 @triton.jit
+def _inner(a, b, DIMS):
+    """The inner products of rows, float32."""
+    delta = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), 1)
+    if DIMS[2] > 0:
+        delta += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), 1)
+    if DIMS[3] > 0:
+        delta += tl.sum(a[2].to(tl.float32) * b[2].to(tl.float32), 1)
+    return delta
+
+
+@triton.jit
 def _pull(state, context, keys, begin, end, RULED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS):
     """Adds to dq of a tile of queries what comes from rows begin .. end of a sequence of keys."""
     dq = state
@@ -371,11 +377,7 @@ def block_backward_queries(
     q = _load_parts(q_ptr + head * stride_qh, base, step, rows, stop, stride_qt, False, DIMS)
     do = _load_parts(do_ptr + head * stride_doh, base, step, rows, stop, stride_dot, False, DIMS)
     out = _load_parts(out_ptr + head * stride_oh, base, step, rows, stop, stride_ot, False, DIMS)
-    delta = tl.sum(do[0].to(tl.float32) * out[0].to(tl.float32), 1)
-    if DIMS[2] > 0:
-        delta += tl.sum(do[1].to(tl.float32) * out[1].to(tl.float32), 1)
-    if DIMS[3] > 0:
-        delta += tl.sum(do[2].to(tl.float32) * out[2].to(tl.float32), 1)
+    delta = _inner(do, out, DIMS)
     tl.store(delta_ptr + head * stride_lh + base + rows * step, delta, mask=rows < stop)
     lse = _load_lse(lse_ptr + head * stride_lh, base, step, rows, stop)
     k_ptr += head // GROUP * stride_kh
@@ -456,116 +458,41 @@ def block_backward_keys(
 # ------------------------------------------------------------------------------------------------------------------------------ host
 
 
-class _Launch:
+INTERPRETED = not isinstance(block_forward, triton.JITFunction)
+
+
+class Launch:
     """What the launches of a call share."""
 
     def __init__(self, q: torch.Tensor, k: torch.Tensor, layout: VideoLayout, mask: Mask, kv_layout: VideoLayout):
         kv = Clips.of(kv_layout)
         self.tables = (Clips.of(layout).spans, kv.spans, kv.known, kv.runs, kv.run_offsets)
-        self.same_site, self.group = mask.same_site, q.shape[1] // k.shape[1]
-        self.dims = q.shape[2], *split_head_dim(q.shape[2], least_product(q.dtype))
-        self.rule = mask.as_rule()
+        self.constants = {
+            "GROUP": q.shape[1] // k.shape[1],
+            "RULE": mask.as_rule(),
+            "DIMS": (q.shape[2], *split_head_dim(q.shape[2], least_product(q.dtype))),
+        }
         if not kv_layout.capacity and not any(any(clip.known) for clip in kv_layout.clips):
-            self.rule = self.rule._replace(sees_known=False)  # nothing is known, and nothing is read to find that out
+            # nothing is known, and nothing is read to find that out
+            self.constants["RULE"] = self.constants["RULE"]._replace(sees_known=False)
 
-    def __call__(self, kernel, config: Config, table: torch.Tensor, heads: int, *arguments) -> None:
+    def __call__(self, kernel, config: Config, table: torch.Tensor, heads: int, *arguments, **constants) -> None:
         """Run `kernel` for each tile of `table` and each head."""
+        if not len(table):
+            return
+        constants = {
+            name: tuple(map(tl.constexpr, value)) if isinstance(value, tuple) else value
+            for name, value in (self.constants | constants).items()
+        }
         with torch.cuda.device_of(table):
             kernel[(len(table) * heads,)](
                 table,
                 *arguments,
                 len(table),
-                GROUP=self.group,
-                SITE=self.same_site,
                 BLOCK_M=config.block_m,
                 BLOCK_N=config.block_n,
-                RULE=tuple(map(tl.constexpr, self.rule)),
-                DIMS=tuple(map(tl.constexpr, self.dims)),
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
                 enable_fp_fusion=False,
+                **constants,
             )
-
-
-Scales = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def forward_block(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: VideoLayout,
-    mask: Mask,
-    kv_layout: VideoLayout,
-    scale: float,
-    scales: Scales | None = None,
-    configs: Configs | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Same arguments and result as `attention_reference`, for float16, bfloat16, float32 and, with scales, E4M3; head dims to 256."""
-    configs = configs or configs_for(q, mask)
-    make = torch.zeros if layout.capacity else torch.empty  # tokens past the end of the pack are in no tile
-    out = make(q.shape, dtype=torch.bfloat16 if q.dtype == FP8 else q.dtype, device=q.device)
-    lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32, device=q.device)
-    if configs.specialised:
-        if hopper.unavailable(q, k, v, mask) is None:
-            hopper.forward_hopper(q, k, v, out, lse, layout, mask, kv_layout, scale, configs.forward)
-            return out, lse
-        configs = default_configs(q.shape[2], q.dtype, **limits(q.device))  # what was tuned is for the other kernel
-    launch = _Launch(q, k, layout, mask, kv_layout)
-    scales = scales or (None, None, None)
-    scale = max(scale, LEAST_SCALE)
-    launch(
-        block_forward, configs.forward, tiles(layout, configs.forward.block_m, mask, kv_layout), q.shape[1],
-        q, k, v, out, *scales, lse, *launch.tables, *strides(q, k, v, out, *scales), lse.stride(0), scale * LOG2_E.value,
-    )  # fmt: skip
-    return out, lse
-
-
-def backward_block(
-    do: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    layout: VideoLayout,
-    mask: Mask,
-    kv_layout: VideoLayout,
-    scale: float,
-    configs: Configs | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv, contiguous, from do (tokens, heads, head_dim), which has a unit last stride, and what `forward_block` took and gave."""
-    configs = configs or configs_for(q, mask)
-    dq = (torch.zeros if layout.capacity else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = ((torch.zeros if kv_layout.capacity else torch.empty)(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    delta, scale = torch.zeros_like(lse), max(scale, LEAST_SCALE)
-    launch = _Launch(q, k, layout, mask, kv_layout)
-    launch(
-        block_backward_queries, configs.queries, tiles(layout, configs.queries.block_m, mask, kv_layout), q.shape[1],
-        q, k, v, out, do, dq, lse, delta, *launch.tables, *strides(q, k, v, out, do, dq), lse.stride(0), scale,
-    )  # fmt: skip
-    launch(
-        block_backward_keys, configs.keys, tiles(kv_layout, configs.keys.block_n, mask, layout, of_keys=True), k.shape[1],
-        q, k, v, do, dk, dv, lse, delta, *launch.tables[:3], *strides(q, k, v, do, dk), lse.stride(0), scale,
-    )  # fmt: skip
-    return dq, dk, dv
-
-
-INTERPRETED = not isinstance(block_forward, triton.JITFunction)
-
-
-def unavailable(q: torch.Tensor) -> str | None:
-    """Why the kernels cannot run on q, if they cannot."""
-    if q.dtype == torch.float64:
-        return "the kernel computes in float32; float64 has the reference"
-    if q.shape[2] > LARGEST_HEAD_DIM:
-        return f"head_dim {q.shape[2]} is above {LARGEST_HEAD_DIM}"
-    if q.device.type != "cuda":
-        return (
-            None
-            if INTERPRETED
-            else f"it needs a GPU, and the tensors are on {q.device} (TRITON_INTERPRET=1, set before the import, interprets it)"
-        )
-    if q.dtype == FP8 and (torch.version.hip or torch.cuda.get_device_capability(q.device) < FIRST_WITH_FP8):
-        return "this GPU has no E4M3"
-    return None

@@ -67,7 +67,8 @@ def default_configs(head_dim: int, dtype: torch.dtype, shared_memory: int = SHAR
     elif amd:
         configs = Configs(Config(128, 64, 4, 1), Config(64, 64, 8, 1), Config(32, 64, 8, 1))
     elif head_dim > 64:
-        configs = Configs(Config(128, 64, 8, 3), Config(64, 32, 4, 2), Config(32, 64, 8, 2))
+        block_n = 64 if dtype.itemsize > 1 else 32
+        configs = Configs(Config(128, block_n, 8, 3), Config(64, 32, 4, 2), Config(32, 64, 8, 2))
     else:
         keys = Config(64, 64, 8, 2) if shared_memory >= SHARED_MEMORY else Config(32, 64, 8, 2)  # wgmma needs fewer registers than mma
         configs = Configs(Config(128, 64, 8, 3), Config(128, 64, 8, 2), keys)

@@ -120,9 +120,9 @@ def forward_hopper(
     them, where there is a capacity, is the caller's to fill.
     """
     spans, kv_spans = Clips.of(layout).spans, Clips.of(kv_layout).spans
-    if not (q.numel() and len(spans) and len(kv_spans)):  # there is no clip, nor room for one
-        return
     table = tiles(layout, config.block_m, mask, kv_layout)
+    if not (q.numel() and len(table) and len(kv_spans)):  # there is no clip, nor room for one
+        return
     blocks = key_blocks(layout, config.block_m, config.block_n, mask, kv_layout)
     scale_log2 = max(scale, LEAST_SCALE) * LOG2_E.value
     rule = mask.as_rule()._replace(sink=0, sees_known=False)  # the table has them

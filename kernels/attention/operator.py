@@ -21,11 +21,11 @@ from .reference import attention_reference
 from .schedule import visible_pairs
 
 try:
-    from . import block
+    from . import fused
 except ModuleNotFoundError as error:  # a CPU needs no triton
     if error.name != "triton":
         raise
-    block = None
+    fused = None
 
 Scales = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 OUT_OF_FP8 = torch.bfloat16
@@ -37,10 +37,10 @@ def implementations(q: torch.Tensor, with_lse: bool) -> tuple[dict[str, Callable
     or without `with_lse` out alone where lse costs something.
     """
     available = {"torch": attention_grouped_lse if with_lse else attention_grouped, "reference": attention_reference}
-    reason = "triton is not installed" if block is None else block.unavailable(q)
+    reason = "triton is not installed" if fused is None else fused.unavailable(q)
     if reason is not None:
         return available, {"triton": f"the Triton kernel: {reason}", "gluon": NO_GLUON}
-    triton = {"triton": block.forward_block}
+    triton = {"triton": fused.attention_fused}
     return triton | available if q.device.type == "cuda" else available | triton, {"gluon": NO_GLUON}
 
 
@@ -59,7 +59,7 @@ def run(
     """(out, lse), by the implementation that is asked for; no lse where none is asked for and it costs something."""
     check_layouts(layout, mask, kv_layout)
     function = select("attention", implementation, *implementations(q, with_lse))
-    if block is not None and function is block.forward_block:
+    if fused is not None and function is fused.attention_fused:
         return function(q, k, v, layout, mask, kv_layout, scale, scales)
     if scales is not None:
         q, k, v = (dequantize_rows(x, each) for x, each in zip((q, k, v), scales, strict=True))
@@ -133,7 +133,7 @@ def operator_backward(
     if choose("attention", implementation, *implementations(q, False)) != "triton":
         return attention_grouped_backward(do, q, k, v, layouts[0], mask, layouts[1], _scale(scale, q))
     do = do if do.stride(-1) == 1 else do.contiguous()
-    return block.backward_block(do, q, k, v, out, lse, layouts[0], mask, layouts[1], _scale(scale, q))
+    return fused.attention_fused_backward(do, q, k, v, out, lse, layouts[0], mask, layouts[1], _scale(scale, q))
 
 
 @operator_backward.register_fake

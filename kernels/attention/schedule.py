@@ -14,6 +14,8 @@ from ..layout import ClipSpan, VideoLayout, to_device
 from ..masks import Mask
 
 VIDEO, TEXT = -1, -2
+ROWS = (64, 128)
+"""Of tiles of whole sites; a clip takes the smallest that it fits."""
 
 
 class Clips(NamedTuple):
@@ -53,30 +55,67 @@ class Clips(NamedTuple):
         return cls(*(to_device(torch.tensor(values, dtype=torch.int32), layout.device) for values in (spans, known, runs, offsets)))
 
 
-def tiles(layout: VideoLayout, block: int, mask: Mask, other: VideoLayout, *, of_keys: bool = False) -> torch.Tensor:
+def tiles(layout: VideoLayout, block: int, mask: Mask, other: VideoLayout, *, of_keys: bool = False, longer_than: int = 0) -> torch.Tensor:
     """int32 (tiles, 3) on the layout's device: clip (-1 past the end), first row, and site, or VIDEO or TEXT.
 
-    The tiles are of queries, and `other` is where the keys lie, or with `of_keys` the other way round. Built once for its arguments.
+    The tiles are of queries, and `other` is where the keys lie, or with `of_keys` the other way round. longer_than: not those of
+    frames of clips that `site_tiles` of so many rows, and of fewer, have. Built once for its arguments.
     """
-    return layout.table(("tiles", block, mask, of_keys), partial(_tiles, block, mask, of_keys), other)
+    return layout.table(("tiles", block, mask, of_keys, longer_than), partial(_tiles, block, mask, of_keys, longer_than), other)
 
 
-def _tiles(block: int, mask: Mask, of_keys: bool, layout: VideoLayout, other: VideoLayout | None = None) -> torch.Tensor:
-    table = _order(layout, block, mask, other or layout, of_keys)
-    size = len(table)
-    if layout.capacity:  # of text and of video each clip may have one partial tile, of single sites no tile need be full
-        size = layout.capacity.tokens if mask.same_site else layout.capacity.tokens // block + 2 * layout.capacity.clips
-    padded = torch.full((max(size, 1), 3), -1, dtype=torch.int32)
-    padded[: len(table)] = table
-    return to_device(padded, layout.device)
+def _tiles(block: int, mask: Mask, of_keys: bool, longer_than: int, layout: VideoLayout, other: VideoLayout | None = None) -> torch.Tensor:
+    table, size = _order(layout, block, mask, other or layout, of_keys, longer_than), None
+    if layout.capacity:
+        tokens, clips = layout.capacity.tokens, layout.capacity.clips
+        if not mask.same_site:  # of text and of video each clip may have one partial tile
+            size = tokens // block + 2 * clips
+        elif longer_than and other is None:  # of each site of more frames, and of text
+            size = tokens // block + tokens // (longer_than + 1) + clips + 1
+        else:  # no tile need be full
+            size = tokens
+    return _padded(table, size, layout)
 
 
-def _order(layout: VideoLayout, block: int, mask: Mask, other: VideoLayout, of_keys: bool) -> torch.Tensor:
+def _padded(table: torch.Tensor, size: int | None, layout: VideoLayout) -> torch.Tensor:
+    if size is not None:
+        table = torch.cat((table, torch.full((size - len(table), table.shape[1]), -1, dtype=torch.int32)))
+    return to_device(table, layout.device)
+
+
+def site_tiles(layout: VideoLayout, rows: int, kv_layout: VideoLayout) -> torch.Tensor:
+    """int32 (tiles, 2) on the layout's device: clip (-1 past the end) and the first of rows // T sites, T the frames of its queries or of
+    its keys, of those clips whose T is at most `rows` and above the smaller of ROWS. Built once for its arguments.
+    """
+    return layout.table(("site tiles", rows), partial(_site_tiles, rows), kv_layout)
+
+
+def _site_tiles(rows: int, layout: VideoLayout, kv_layout: VideoLayout | None = None) -> torch.Tensor:
+    parts, size = [torch.zeros(0, 2, dtype=torch.int32)], None
+    for i, (clip, partner) in enumerate(zip(layout.clips, (kv_layout or layout).clips, strict=False)):
+        longest = max(clip.frames, partner.frames)
+        if is_short(clip, partner, rows) and rows == min(each for each in ROWS if longest <= each):
+            sites = torch.arange(0, clip.frame_tokens, rows // longest, dtype=torch.int32)
+            parts.append(torch.stack((torch.full_like(sites, i), sites), dim=1))
+    if layout.capacity:
+        tokens, clips = layout.capacity.tokens, layout.capacity.clips
+        # Of a clip's tiles all but the last are more than half full, if it is not for the partner's frames.
+        size = tokens if kv_layout else tokens // (rows // 2 + 1) + clips
+    return _padded(torch.cat(parts), size, layout)
+
+
+def is_short(clip: ClipSpan, partner: ClipSpan, rows: int) -> bool:
+    """Whether a clip's frames, at each site, and those of its partner fit a tile of so many rows."""
+    return min(clip.frames, partner.frames) >= 1 and max(clip.frames, partner.frames) <= rows
+
+
+def _order(layout: VideoLayout, block: int, mask: Mask, other: VideoLayout, of_keys: bool, longer_than: int = 0) -> torch.Tensor:
     parts, work = [torch.zeros(0, 3, dtype=torch.int32)], [torch.zeros(0, dtype=torch.int64)]
     for i, (clip, partner) in enumerate(zip(layout.clips, other.clips, strict=False)):  # one may yet have to be refilled
         everything = partner.frames * partner.frame_tokens + partner.text_length
         if mask.same_site:
-            sites, length, frame, seen_tokens = torch.arange(clip.frame_tokens), clip.frames, 1, 1
+            sites = torch.arange(0 if is_short(clip, partner, longer_than) else clip.frame_tokens)
+            length, frame, seen_tokens = clip.frames, 1, 1
         else:
             sites, length, frame, seen_tokens = (
                 torch.tensor([VIDEO]),

@@ -26,8 +26,8 @@ from triton.testing import do_bench
 from ..layout import VideoLayout
 from ..masks import FrameCausal, Full, Mask, Spatial, Temporal
 from . import hopper
-from .block import backward_block, forward_block
 from .configs import KERNELS, Config, Configs, default_configs, fitted, limits, split_head_dim
+from .fused import attention_fused, attention_fused_backward
 
 BLOCKS = (16, 32, 64, 128)
 WARPS = (1, 2, 4, 8)
@@ -158,9 +158,9 @@ class _Problem:
         """The pass that `kernel` is part of."""
         rest = self.layout, self.mask, self.layout, self.scale
         if kernel == "forward":
-            return lambda: forward_block(*self.qkv, *rest, configs=configs)
-        result = forward_block(*self.qkv, *rest, configs=configs)
-        return lambda: backward_block(self.do, *self.qkv, *result, *rest, configs=configs)
+            return lambda: attention_fused(*self.qkv, *rest, configs=configs)
+        result = attention_fused(*self.qkv, *rest, configs=configs)
+        return lambda: attention_fused_backward(self.do, *self.qkv, *result, *rest, configs=configs)
 
 
 @dataclass

@@ -1,0 +1,105 @@
+"""The Triton implementation of attention: which of its kernels serves which part of a call, and with which settings.
+
+`hopper` serves calls forwards where it was tuned and can. Else, of a mask of single sites, `temporal` serves the frames of short clips, and
+`block` the rest: all clips of other masks, long clips, text. Which kernel serves a clip, and the sizes of its tiles, never depend on what
+else is in the pack, since the order of sums does.
+"""
+
+import torch
+
+from ..fp8 import FP8
+from ..layout import VideoLayout
+from ..masks import Mask
+from . import block, hopper, temporal
+from .configs import Configs, configs_for, default_configs, limits
+from .ranges import LEAST_SCALE, LOG2_E, strides
+from .schedule import tiles
+
+LARGEST_HEAD_DIM = 256
+FIRST_WITH_FP8 = (8, 9)
+"""Ada."""
+OUT_OF_FP8 = torch.bfloat16
+
+Scales = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def attention_fused(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: VideoLayout,
+    mask: Mask,
+    kv_layout: VideoLayout,
+    scale: float,
+    scales: Scales | None = None,
+    configs: Configs | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Same arguments and result as `attention_reference`, for float16, bfloat16, float32 and, with scales, E4M3; head dims to 256."""
+    configs = configs or configs_for(q, mask)
+    make = torch.zeros if layout.capacity else torch.empty  # tokens past the end of the pack are in no tile
+    out = make(q.shape, dtype=OUT_OF_FP8 if q.dtype == FP8 else q.dtype, device=q.device)
+    lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32, device=q.device)
+    if configs.specialised:
+        if hopper.unavailable(q, k, v, mask) is None:
+            hopper.forward_hopper(q, k, v, out, lse, layout, mask, kv_layout, scale, configs.forward)
+            return out, lse
+        configs = default_configs(q.shape[2], q.dtype, **limits(q.device))  # what was tuned is for the other kernel
+    scales, scale_log2 = scales or (None, None, None), max(scale, LEAST_SCALE) * LOG2_E.value
+    launch = block.Launch(q, k, layout, mask, kv_layout)
+    longest = temporal.longest(q) if mask.same_site else 0
+    if longest:
+        temporal.forward_temporal(launch, q, k, v, out, lse, layout, kv_layout, scale_log2)
+    launch(
+        block.block_forward, configs.forward, tiles(layout, configs.forward.block_m, mask, kv_layout, longer_than=longest), q.shape[1],
+        q, k, v, out, *scales, lse, *launch.tables, *strides(q, k, v, out, *scales), lse.stride(0), scale_log2, SITE=mask.same_site,
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_fused_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    layout: VideoLayout,
+    mask: Mask,
+    kv_layout: VideoLayout,
+    scale: float,
+    configs: Configs | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv, contiguous, from do (tokens, heads, head_dim), which has a unit last stride, and what `attention_fused` took and gave."""
+    configs = configs or configs_for(q, mask)
+    dq = (torch.zeros if layout.capacity else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = ((torch.zeros if kv_layout.capacity else torch.empty)(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    delta, scale = torch.zeros_like(lse), max(scale, LEAST_SCALE)
+    launch = block.Launch(q, k, layout, mask, kv_layout)
+    longest = temporal.longest(q, backward=True) if mask.same_site else 0
+    table = tiles(layout, configs.queries.block_m, mask, kv_layout, longer_than=longest)
+    launch(
+        block.block_backward_queries, configs.queries, table, q.shape[1],
+        q, k, v, out, do, dq, lse, delta, *launch.tables, *strides(q, k, v, out, do, dq), lse.stride(0), scale, SITE=mask.same_site,
+    )  # fmt: skip
+    if longest:  # between the two: it needs what the first finds for text, and the second, for text, needs what it finds
+        temporal.backward_temporal(launch, do, q, k, v, out, lse, delta, dq, dk, dv, layout, kv_layout, scale)
+    table = tiles(kv_layout, configs.keys.block_n, mask, layout, of_keys=True, longer_than=longest)
+    launch(
+        block.block_backward_keys, configs.keys, table, k.shape[1],
+        q, k, v, do, dk, dv, lse, delta, *launch.tables[:3], *strides(q, k, v, do, dk), lse.stride(0), scale, SITE=mask.same_site,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def unavailable(q: torch.Tensor) -> str | None:
+    """Why the kernels cannot run on q, if they cannot."""
+    if q.dtype == torch.float64:
+        return "the kernel computes in float32; float64 has the reference"
+    if q.shape[2] > LARGEST_HEAD_DIM:
+        return f"head_dim {q.shape[2]} is above {LARGEST_HEAD_DIM}"
+    if q.device.type != "cuda":
+        needed = f"it needs a GPU, and the tensors are on {q.device} (TRITON_INTERPRET=1, set before the import, interprets it)"
+        return None if block.INTERPRETED else needed
+    if q.dtype == FP8 and (torch.version.hip or torch.cuda.get_device_capability(q.device) < FIRST_WITH_FP8):
+        return "this GPU has no E4M3"
+    return None

@@ -1,0 +1,224 @@
+"""Attention along time at single sites in Triton, for short clips: thousands to millions of sequences of at most 128 frames (64 backwards).
+
+A tile holds as many whole sites of a clip as fit: row i of it is frame i % T of its site i // T. One product of queries and keys, in which
+pairs of different sites are hidden, one softmax, one product with the values; backwards all three gradients from one visit, since nobody
+but the tile's own queries sees its keys. Only the text of a joint layout is visited besides. Everything is read and written once, in place,
+through strides: neither a transpose nor a copy exists. Neighbouring programs take neighbouring heads, which are neighbours in memory.
+
+FLOPs: 4 d times the rows of a tile for each row, of which T / rows are of use; backwards 10 d. Bytes: q, k, v read and out written once;
+backwards out, do besides, and dq, dk, dv written. At 64 rows of bfloat16 that is 16 FLOPs a byte for each way, far below what a GPU's
+tensor cores need to be the limit: the floor is that of a copy.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..fp8 import FP8
+from ..layout import VideoLayout
+from .block import (
+    Launch,
+    _add_product,
+    _attend,
+    _hide,
+    _inner,
+    _load_lse,
+    _load_parts,
+    _product,
+    _pull,
+    _push,
+    _store_parts,
+    _times,
+    _zeros,
+)
+from .configs import SHARED_MEMORY, Config, limits
+from .ranges import LN_2, LOG2_E, TEXT, sequence, strides
+from .schedule import site_tiles
+
+END = tl.constexpr(1 << 30)
+"""A row past every pack's end."""
+
+
+@triton.jit
+def _rows(base, frames, frame_rows, site, sites, BLOCK: tl.constexpr):
+    """Of the rows of a tile: the token, END where there is none, the site within the tile and the frame."""
+    i = tl.arange(0, BLOCK)
+    nth, t = i // frames, i % frames
+    return tl.where((nth < sites) & (site + nth < frame_rows), base + t * frame_rows + site + nth, END), nth, t
+
+
+@triton.jit
+def _scores(q, k, rows, nth, t, keys, key_nth, u, known, RULE, DIMS):
+    """q k^T of one site, -inf elsewhere; frames count from the same one. Vectors broadcast."""
+    s = _hide(_product(q, k, DIMS), t, u, known, False, RULE)
+    return tl.where((nth == key_nth) & (rows < END) & (keys < END), s, -float("inf"))
+
+
+@triton.jit
+def _place(spans_ptr, kv_spans_ptr, known_ptr, clip, site, BLOCK: tl.constexpr, RULE):
+    """Where the queries and the keys of a tile lie: (rows, sites, frames) of each, frames counting from the clip's first; which keys are
+    known; and whether each site has one query, which sees one key.
+    """
+    base, _, _, frame_rows, first = sequence(spans_ptr, clip, 0, False)
+    kv_base, _, _, _, kv_first = sequence(kv_spans_ptr, clip, 0, False)
+    frames, kv_frames = tl.load(spans_ptr + 7 * clip + 1), tl.load(kv_spans_ptr + 7 * clip + 1)
+    sites = BLOCK // tl.maximum(frames, kv_frames)
+    rows, nth, t = _rows(base, frames, frame_rows, site, sites, BLOCK)
+    keys, key_nth, u = _rows(kv_base, kv_frames, frame_rows, site, sites, BLOCK)
+    known = keys < END
+    if RULE[4]:
+        known = tl.load(known_ptr + tl.load(kv_spans_ptr + 7 * clip + 6) + u, mask=keys < END, other=0) != 0
+    single = (frames == 1) & (kv_frames == 1)
+    return rows, nth, first + t, keys, key_nth, kv_first + u, known, single
+
+
+@triton.jit(do_not_specialize=["num_tiles", "stride_lh"])
+def temporal_forward(
+    tiles_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, spans_ptr, kv_spans_ptr, known_ptr, stride_qt, stride_qh, stride_kt, stride_kh,
+    stride_vt, stride_vh, stride_ot, stride_oh, stride_lh, scale_log2, heads, num_tiles,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_TEXT: tl.constexpr, RULE, DIMS,
+):  # fmt: skip
+    """BLOCK_M // frames sites of a clip, of one head. A site with a single frame gives its value, bit for bit."""
+    tiles_ptr += 2 * (tl.program_id(0) // heads)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    clip, site = tl.load(tiles_ptr), tl.load(tiles_ptr + 1)
+    if clip < 0:
+        return
+    rows, nth, t, keys, key_nth, u, known, single = _place(spans_ptr, kv_spans_ptr, known_ptr, clip, site, BLOCK_M, RULE)
+    k_ptr += head // GROUP * stride_kh
+    v_ptr += head // GROUP * stride_vh
+    q = _load_parts(q_ptr + head * stride_qh, 0, 1, rows, END, stride_qt, False, DIMS)
+    k = _load_parts(k_ptr, 0, 1, keys, END, stride_kt, False, DIMS)
+    v = _load_parts(v_ptr, 0, 1, keys, END, stride_vt, False, DIMS)
+    s = _scores(q, k, rows[:, None], nth[:, None], t[:, None], keys[None, :], key_nth[None, :], u[None, :], known[None, :], RULE, DIMS)
+    peak = tl.max(s, 1) * scale_log2
+    level = tl.where(peak == -float("inf"), 0.0, peak)
+    p = tl.exp2(tl.fma(s, scale_log2, -level[:, None]))
+    p = tl.where(single & (s > -float("inf")), 1.0, p)  # a rounding away from it
+    total = tl.sum(p, 1)
+    acc = _add_product(_zeros(BLOCK_M, DIMS), p.to(v[0].dtype), v, DIMS)
+    if HAS_TEXT:
+        text = sequence(kv_spans_ptr, clip, TEXT, False)
+        context = q, t, False, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, None, None, 0, 0
+        acc, peak, total, _unit = _attend((acc, peak, total, 1.0), context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS)
+    share = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]  # a query that saw nothing gives zeros, NaN stays NaN
+    _store_parts(out_ptr + head * stride_oh, _times(acc, share, DIMS), 0, 1, rows, END, stride_ot, DIMS)
+    lse = tl.where(total == 0.0, -float("inf"), (peak + tl.log2(total)) * LN_2)
+    tl.store(lse_ptr + head * stride_lh + rows, lse, mask=rows < END)
+
+
+@triton.jit(do_not_specialize=["num_tiles", "stride_lh"])
+def temporal_backward(
+    tiles_ptr, q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, spans_ptr, kv_spans_ptr, known_ptr,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_dot, stride_doh, stride_dqt, stride_dqh,
+    stride_dkt, stride_dkh, stride_lh, scale, kv_heads, num_tiles,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_TEXT: tl.constexpr, RULE, DIMS,
+):  # fmt: skip
+    """dq, dk and dv of BLOCK_M // frames sites of a clip, of one head of keys and all heads of queries that share it, in their order."""
+    tiles_ptr += 2 * (tl.program_id(0) // kv_heads)
+    kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    clip, site = tl.load(tiles_ptr), tl.load(tiles_ptr + 1)
+    if clip < 0:
+        return
+    rows, nth, t, keys, key_nth, u, known, _single = _place(spans_ptr, kv_spans_ptr, known_ptr, clip, site, BLOCK_M, RULE)
+    scale_log2 = scale * LOG2_E
+    k_ptr += kv_head * stride_kh
+    v_ptr += kv_head * stride_vh
+    k = _load_parts(k_ptr, 0, 1, keys, END, stride_kt, False, DIMS)
+    v = _load_parts(v_ptr, 0, 1, keys, END, stride_vt, False, DIMS)
+    dk, dv = _zeros(BLOCK_M, DIMS), _zeros(BLOCK_M, DIMS)
+    for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
+        q = _load_parts(q_ptr + head * stride_qh, 0, 1, rows, END, stride_qt, False, DIMS)
+        do = _load_parts(do_ptr + head * stride_doh, 0, 1, rows, END, stride_dot, False, DIMS)
+        out = _load_parts(out_ptr + head * stride_oh, 0, 1, rows, END, stride_ot, False, DIMS)
+        delta = _inner(do, out, DIMS)
+        tl.store(delta_ptr + head * stride_lh + rows, delta, mask=rows < END)
+        lse = _load_lse(lse_ptr + head * stride_lh, 0, 1, rows, END)
+        # Transposed, (keys, queries), as the products for dk and dv need it.
+        s = _scores(k, q, keys[:, None], key_nth[:, None], t[None, :], rows[None, :], nth[None, :], u[:, None], known[:, None], RULE, DIMS)
+        p = tl.exp2(tl.fma(s, scale_log2, -lse[None, :]))
+        dv = _add_product(dv, p.to(do[0].dtype), do, DIMS)
+        ds = (p * (_product(v, do, DIMS) - delta[None, :])).to(q[0].dtype)
+        dk = _add_product(dk, ds, q, DIMS)
+        dq = _add_product(_zeros(BLOCK_M, DIMS), tl.trans(ds), k, DIMS)
+        if HAS_TEXT:
+            text = sequence(kv_spans_ptr, clip, TEXT, False)
+            context = q, do, lse, delta, t, False, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2
+            dq = _pull(dq, context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS)
+        _store_parts(dq_ptr + head * stride_dqh, _times(dq, scale, DIMS), 0, 1, rows, END, stride_dqt, DIMS)
+        if HAS_TEXT:
+            text = sequence(spans_ptr, clip, TEXT, False)
+            context = (
+                k, v, u, known, False, q_ptr + head * stride_qh, do_ptr + head * stride_doh, lse_ptr + head * stride_lh,
+                delta_ptr + head * stride_lh, stride_qt, stride_dot, scale_log2,
+            )  # fmt: skip
+            dk, dv = _push((dk, dv), context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS)
+    _store_parts(dk_ptr + kv_head * stride_dkh, _times(dk, scale, DIMS), 0, 1, keys, END, stride_dkt, DIMS)
+    _store_parts(dv_ptr + kv_head * stride_dkh, dv, 0, 1, keys, END, stride_dkt, DIMS)
+
+
+def forward_temporal(
+    launch: Launch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    layout: VideoLayout,
+    kv_layout: VideoLayout,
+    scale_log2: float,
+) -> None:
+    """Writes out (tokens, heads, head_dim) and lse (heads, tokens) of the frames of short clips."""
+    for rows in sizes(q.shape[2], **limits(q.device)):
+        launch(
+            temporal_forward, config(rows), site_tiles(layout, rows, kv_layout), q.shape[1],
+            q, k, v, out, lse, *launch.tables[:3], *strides(q, k, v, out), lse.stride(0), scale_log2, q.shape[1],
+            HAS_TEXT=_has_text(kv_layout),
+        )  # fmt: skip
+
+
+def backward_temporal(
+    launch: Launch,
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    layout: VideoLayout,
+    kv_layout: VideoLayout,
+    scale: float,
+) -> None:
+    """Writes dq, dk, dv, and delta, the inner products of do and out (heads, tokens), of the frames of short clips; reads that of text."""
+    for rows in sizes(q.shape[2], **limits(q.device), backward=True):
+        launch(
+            temporal_backward, config(rows, backward=True), site_tiles(layout, rows, kv_layout), k.shape[1],
+            q, k, v, out, do, dq, dk, dv, lse, delta, *launch.tables[:3], *strides(q, k, v, out, do, dq, dk), lse.stride(0), scale,
+            k.shape[1],
+            HAS_TEXT=_has_text(layout) or _has_text(kv_layout),
+        )  # fmt: skip
+
+
+def longest(q: torch.Tensor, backward: bool = False) -> int:
+    """The most frames that the kernel takes; 0 if it cannot run."""
+    return 0 if q.dtype == FP8 else max(sizes(q.shape[2], **limits(q.device), backward=backward), default=0)
+
+
+def sizes(head_dim: int, shared_memory: int, amd: bool, backward: bool = False) -> tuple[int, ...]:
+    """Of the tiles that compile without spills (tests/codegen.json), in rows."""
+    if backward:
+        return (64,) if head_dim <= 128 and not amd else ()
+    return (64, 128) if head_dim <= 128 and shared_memory >= SHARED_MEMORY else (64,)
+
+
+def config(rows: int, backward: bool = False) -> Config:
+    """How tiles of `rows` rows are launched; block_n is that of text."""
+    return Config(rows, 32, 8 if backward else rows // 16, 1)
+
+
+def _has_text(layout: VideoLayout) -> bool:
+    return layout.capacity is not None or any(clip.text_length for clip in layout.clips)
