@@ -23,6 +23,9 @@ pytestmark = [
 MASKS = [Temporal(), Temporal(causal=False), Temporal(window=3), Temporal(causal=False, window=2)]
 
 
+LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 128, 129]))
+
+
 def pack(grids, **options):
     return VideoLayout.pack(grids, device=DEVICE, **options)
 
@@ -78,11 +81,8 @@ def test_a_chunk_attends_to_a_cache(mask):
     check(layout, mask, pack([(9, 2, 3), (3, 3, 1), (143, 1, 2)], known=[EVERY_THIRD[:9], None, None]))
 
 
-@settings(max_examples=15, deadline=None)
-@given(
-    grids=st.lists(st.tuples(st.integers(1, 140), st.integers(1, 2), st.integers(1, 2)), min_size=1, max_size=4),
-    mask=st.sampled_from(MASKS),
-)
+@settings(max_examples=6, deadline=None)
+@given(grids=st.lists(st.tuples(LENGTHS, st.integers(1, 3), st.integers(1, 2)), min_size=1, max_size=3), mask=st.sampled_from(MASKS))
 def test_drawn_packs(grids, mask):
     check(pack(grids), mask, heads=1)
 
@@ -100,7 +100,7 @@ def test_a_single_frame_is_a_copy():
 def test_a_clip_alone_and_in_a_pack(mask):
     """Bit for bit, forwards and backwards: beside longer clips, beside text, beside known frames, in a capacity."""
     grids = [(6, 3, 3), (40, 1, 2), (1, 2, 2), (130, 1, 1)]
-    pack_of_all = {"grids": grids, "text": [0, 4, 0, 2], "known": [None, [True] * 40, None, None], "capacity": Capacity(5, 200, 250)}
+    pack_of_all = {"grids": grids, "text": [0, 4, 0, 2], "known": [None, [True] * 40, None, None], "capacity": Capacity(5, 200, 300)}
     layout = pack(**pack_of_all)
     qkv, direction = qkv_of(layout, heads=2, kv_heads=1), randn(layout.tokens, 2, 16, seed=9).to(DEVICE)
     whole = leaves(*qkv)
