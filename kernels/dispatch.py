@@ -15,10 +15,13 @@ IMPLEMENTATIONS = ("auto", "reference", "torch", "triton", "gluon")
 
 @dataclass
 class Engagement:
-    """How often an implementation ran, and for each preferred one that was passed over, why."""
+    """How often an implementation ran; for each preferred one that was passed over, why; and how often each kernel of it was launched, of
+    an implementation that has several.
+    """
 
     calls: int = 0
     passed_over: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, int] = field(default_factory=dict)
 
 
 _record: dict[str, dict[str, Engagement]] = {}
@@ -36,6 +39,12 @@ def engaged() -> dict[str, dict[str, Engagement]]:
 def reset_engaged() -> None:
     """Forget what ran so far."""
     _record.clear()
+
+
+def launched(op: str, name: str, kernel: str) -> None:
+    """Record a launch of a kernel of an implementation; in a graph of torch.compile, of an op that is one call there."""
+    kernels = _record.setdefault(op, {}).setdefault(name, Engagement()).kernels
+    kernels[kernel] = kernels.get(kernel, 0) + 1
 
 
 def choose(op: str, requested: str, available: Mapping[str, Callable], unavailable: Mapping[str, str] | None = None) -> str:

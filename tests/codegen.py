@@ -49,6 +49,8 @@ CASES = [
     *(Case("block_forward", "sm_90", 128, mask) for mask in ("Full()", "Spatial()", "Temporal()")),
     *(Case(kernel, "sm_90", 128, "FrameCausal(chunk=3, window=4, sink=1)", True) for kernel in KERNELS),
     *(Case(KERNELS[0], gpu, dim, dtype="fp8e4nv") for gpu, dim in (("sm_90", 64), ("sm_90", 72), ("sm_90", 128), ("sm_100", 128))),
+    *(Case(kernel, "sm_90", 64, dtype="fp32") for kernel in KERNELS),
+    Case(TEMPORAL[0], "sm_90", 64, "Temporal()", dtype="fp32", rows=64),
     *(Case(HOPPER, "sm_90", dim) for dim in (64, 128)),
     *(Case(TEMPORAL[0], "sm_90", dim, "Temporal()", rows=64) for dim in (64, 72, 128, 256)),
     *(Case(TEMPORAL[0], "sm_90", dim, "Temporal()", rows=128) for dim in (64, 72, 128)),
@@ -69,7 +71,7 @@ def compile_case(case: Case) -> dict[str, int]:
     from tubelet import kernels
     from tubelet.kernels.attention import block, configs, hopper, temporal
 
-    dtype = torch.float8_e4m3fn if case.dtype == "fp8e4nv" else torch.bfloat16
+    dtype = {"fp8e4nv": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp32": torch.float32}[case.dtype]
     if case.kernel == HOPPER:
         function, config = hopper.hopper_forward, hopper.default_config(case.head_dim)
     elif case.kernel in TEMPORAL:
@@ -91,10 +93,13 @@ def compile_case(case: Case) -> dict[str, int]:
         elif name in tuples:
             signature[name] = ("constexpr",) * len(tuples[name])
             constexprs |= {(i, j): value for j, value in enumerate(tuples[name])}
-        elif name.endswith("_scale_ptr") and case.dtype == "bf16":
+        elif name.endswith("_scale_ptr") and case.dtype != "fp8e4nv":
             signature[name], constexprs[i,] = "constexpr", None
         elif name.endswith("_ptr"):
-            signature[name] = f"*{case.dtype}" if name in INPUTS else "*bf16" if name in RESULTS else "*fp32" if name in SUMS else "*i32"
+            result = "bf16" if case.dtype == "fp8e4nv" else case.dtype
+            signature[name] = (
+                f"*{case.dtype}" if name in INPUTS else f"*{result}" if name in RESULTS else "*fp32" if name in SUMS else "*i32"
+            )
             attributes[i,] = [["tt.divisibility", 16]]
         elif name.startswith("scale"):
             signature[name] = "fp32"

@@ -223,7 +223,7 @@ class Recorder:
     """In place of a kernel: keeps its launches instead of making them."""
 
     def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
+        self.kernel, self.launches, self.fn = kernel, launches, kernel.fn
 
     def __getitem__(self, grid):
         return lambda *arguments, **options: self.launches.append(partial(self.kernel[grid], *arguments, **options))

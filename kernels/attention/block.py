@@ -30,12 +30,15 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dispatch import launched
 from ..layout import VideoLayout
 from ..masks import Mask, visible
 from .configs import Config, least_product, split_head_dim
 from .ranges import LN_2, LOG2_E, SHIFT, TEXT, VIDEO, clamped, sequence, window
 from .schedule import Clips
 
+PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
+"""Of products of float32: as three of TF32, which tensor cores compute, in place of threads that spill their registers."""
 HEADROOM = tl.constexpr(8)
 """Weights in FP8 are at most 2^8, near the 448 where E4M3 ends, since it ends below at 2^-9."""
 
@@ -117,24 +120,26 @@ def _times(x, factor, DIMS):
 @triton.jit
 def _product(a, b, DIMS):
     """a b^T over the channels, float32."""
-    s = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
+    precision: tl.constexpr = PRECISION if a[0].dtype == tl.float32 else None
+    s = tl.dot(a[0], tl.trans(b[0]), input_precision=precision)
     if DIMS[2] > 0:
-        s = tl.dot(a[1], tl.trans(b[1]), s, input_precision="ieee")
+        s = tl.dot(a[1], tl.trans(b[1]), s, input_precision=precision)
     if DIMS[3] > 0:
-        s = tl.dot(a[2], tl.trans(b[2]), s, input_precision="ieee")
+        s = tl.dot(a[2], tl.trans(b[2]), s, input_precision=precision)
     return s
 
 
 @triton.jit
 def _add_product(acc, a, b, DIMS):
     """acc + a b, of each part of the channels of b."""
+    precision: tl.constexpr = PRECISION if a.dtype == tl.float32 else None
     # Hopper sums products of FP8 with 14 bits: over many keys they are to be summed in float32.
     imprecise: tl.constexpr = a.shape[1] if a.dtype.is_fp8() else None
-    y = (tl.dot(a, b[0], acc[0], input_precision="ieee", max_num_imprecise_acc=imprecise),)
+    y = (tl.dot(a, b[0], acc[0], input_precision=precision, max_num_imprecise_acc=imprecise),)
     if DIMS[2] > 0:
-        y += (tl.dot(a, b[1], acc[1], input_precision="ieee", max_num_imprecise_acc=imprecise),)
+        y += (tl.dot(a, b[1], acc[1], input_precision=precision, max_num_imprecise_acc=imprecise),)
     if DIMS[3] > 0:
-        y += (tl.dot(a, b[2], acc[2], input_precision="ieee", max_num_imprecise_acc=imprecise),)
+        y += (tl.dot(a, b[2], acc[2], input_precision=precision, max_num_imprecise_acc=imprecise),)
     return y
 
 
@@ -480,6 +485,7 @@ class Launch:
         """Run `kernel` for each tile of `table` and each head."""
         if not len(table):
             return
+        launched("attention", "triton", kernel.fn.__name__)
         constants = {
             name: tuple(map(tl.constexpr, value)) if isinstance(value, tuple) else value
             for name, value in (self.constants | constants).items()

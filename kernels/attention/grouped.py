@@ -24,12 +24,13 @@ REMEMBERED_TOKENS = 2048
 @dataclass(frozen=True)
 class Batch:
     """`n` blocks of equal shape: token indices of queries (n, m) and of keys (n, l); where not all keys are seen, `visible`, bool and
-    broadcastable to (n, heads, m, l).
+    broadcastable to (n, heads, m, l), and whether that is just the lower triangle, which SDPA knows by itself.
     """
 
     queries: torch.Tensor
     keys: torch.Tensor
     visible: torch.Tensor | None
+    causal: bool
     queries_view: tuple[int, ...] | None
     keys_view: tuple[int, ...] | None
 
@@ -90,7 +91,7 @@ def _grouped(q, k, v, layout, mask, kv_layout, scale, with_lse: bool) -> tuple[t
             _take(q, batch.queries, batch.queries_view).transpose(1, 2),
             _take(k, batch.keys, batch.keys_view).transpose(1, 2),
             _take(v, batch.keys, batch.keys_view).transpose(1, 2),
-            batch.visible,
+            batch,
             scale,
             with_lse,
         )
@@ -110,19 +111,21 @@ def _grouped(q, k, v, layout, mask, kv_layout, scale, with_lse: bool) -> tuple[t
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, scale: float, with_lse: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch, scale: float, with_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """softmax(scale q k^T) v over (n, heads, m, d), and its log-sum-exp (n, heads, m) if that is asked for."""
     half_training = q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled() and q.requires_grad
     if not with_lse and not half_training:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1]), None
+        mask = None if batch.causal else batch.visible
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=batch.causal, scale=scale, enable_gqa=gqa), None
     # SDPA's low-precision backward on a CPU is several times slower than these products on blocks as short as frames and sites.
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     logits = (q * scale) @ k.transpose(-1, -2)
-    if visible is not None:
-        logits = logits.masked_fill(~visible, -torch.inf)
+    if batch.visible is not None:
+        logits = logits.masked_fill(~batch.visible, -torch.inf)
     wide = torch.promote_types(q.dtype, torch.float32)
     lse = logits.to(wide).logsumexp(dim=-1) if with_lse else None
     return logits.softmax(dim=-1, dtype=wide).to(v.dtype) @ v, lse
@@ -176,7 +179,8 @@ def _plan(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> list[Batch
             visible = torch.cat([block[2] for block in blocks])
         views = (_regular(queries), _regular(keys))
         device = layout.device
-        batches.append(Batch(queries.to(device), keys.to(device), None if visible is None else visible.to(device), *views))
+        causal = visible is not None and visible.dim() == 2 and torch.equal(visible, torch.ones_like(visible).tril())
+        batches.append(Batch(queries.to(device), keys.to(device), None if visible is None else visible.to(device), causal, *views))
     return batches
 
 

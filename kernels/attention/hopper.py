@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dispatch import launched
 from ..layout import VideoLayout
 from ..masks import Mask
 from . import schedule
@@ -141,6 +142,7 @@ def forward_hopper(
             enable_fp_fusion=False,  # what is fused is written so: the compiler's own choice differs between masks and versions
         )  # fmt: skip
 
+    launched("attention", "triton", hopper_forward.fn.__name__)
     with torch.cuda.device_of(q):
         contextvars.copy_context().run(launch)  # the allocator is a context variable: the caller keeps their own
 

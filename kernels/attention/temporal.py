@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..fp8 import FP8
 from ..layout import VideoLayout
 from .block import (
     Launch,
@@ -31,7 +30,7 @@ from .block import (
     _times,
     _zeros,
 )
-from .configs import SHARED_MEMORY, Config, limits
+from .configs import SHARED_MEMORY, Config, limits, split_head_dim
 from .ranges import LN_2, LOG2_E, TEXT, sequence, strides
 from .schedule import site_tiles
 
@@ -169,7 +168,7 @@ def forward_temporal(
     scale_log2: float,
 ) -> None:
     """Writes out (tokens, heads, head_dim) and lse (heads, tokens) of the frames of short clips."""
-    for rows in sizes(q.shape[2], **limits(q.device)):
+    for rows in sizes(q.shape[2], q.dtype, **limits(q.device)):
         launch(
             temporal_forward, config(rows), site_tiles(layout, rows, kv_layout), q.shape[1],
             q, k, v, out, lse, *launch.tables[:3], *strides(q, k, v, out), lse.stride(0), scale_log2, q.shape[1],
@@ -194,7 +193,7 @@ def backward_temporal(
     scale: float,
 ) -> None:
     """Writes dq, dk, dv, and delta, the inner products of do and out (heads, tokens), of the frames of short clips; reads that of text."""
-    for rows in sizes(q.shape[2], **limits(q.device), backward=True):
+    for rows in sizes(q.shape[2], q.dtype, **limits(q.device), backward=True):
         launch(
             temporal_backward, config(rows, backward=True), site_tiles(layout, rows, kv_layout), k.shape[1],
             q, k, v, out, do, dq, dk, dv, lse, delta, *launch.tables[:3], *strides(q, k, v, out, do, dq, dk), lse.stride(0), scale,
@@ -205,14 +204,21 @@ def backward_temporal(
 
 def longest(q: torch.Tensor, backward: bool = False) -> int:
     """The most frames that the kernel takes; 0 if it cannot run."""
-    return 0 if q.dtype == FP8 else max(sizes(q.shape[2], **limits(q.device), backward=backward), default=0)
+    return max(sizes(q.shape[2], q.dtype, **limits(q.device), backward=backward), default=0)
 
 
-def sizes(head_dim: int, shared_memory: int, amd: bool, backward: bool = False) -> tuple[int, ...]:
-    """Of the tiles that compile without spills (tests/codegen.json), in rows."""
-    if backward:
-        return (64,) if head_dim <= 128 and not amd else ()
-    return (64, 128) if head_dim <= 128 and shared_memory >= SHARED_MEMORY else (64,)
+def sizes(head_dim: int, dtype: torch.dtype, shared_memory: int, amd: bool, backward: bool = False) -> tuple[int, ...]:
+    """Of the tiles that compile without spills (tests/codegen.json) and fit `shared_memory`, in bytes a block: rows, fewest first."""
+    if dtype.itemsize == 1 or (backward and amd):
+        return ()
+    if dtype.itemsize > 2:
+        rows = (64,) if head_dim <= 64 and not backward else ()
+    elif head_dim <= 128:
+        rows = (64, 128) if shared_memory >= SHARED_MEMORY and not backward else (64,)
+    else:
+        rows = () if backward else (64,)
+    tiles, row = 5 if backward else 3, sum(split_head_dim(head_dim)) * dtype.itemsize  # q, k, v; do and what is transposed
+    return tuple(each for each in rows if tiles * each * row <= shared_memory)
 
 
 def config(rows: int, backward: bool = False) -> Config:
