@@ -290,6 +290,8 @@ def test_the_callers_allocator_stays(monkeypatch):
     seen = []
 
     class Kernel:
+        fn = hopper.hopper_forward.fn
+
         def __getitem__(self, grid):
             return lambda *arguments, **options: seen.append(_allocation._allocator.get()(512, 128, None))
 

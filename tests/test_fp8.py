@@ -12,7 +12,10 @@ from tubelet.kernels import FrameCausal, Full, Spatial, VideoLayout, attention, 
 from tubelet.kernels.fp8 import FP8, dequantize_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy on infinities and NaN that are meant
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter's NumPy on infinities and NaN that are meant
+    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
+]
 
 try:
     import triton.language as tl

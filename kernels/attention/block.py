@@ -280,7 +280,7 @@ def _attend(state, context, keys, begin, end, RULED: tl.constexpr, WHOLE: tl.con
     return acc, peak, total, unit
 
 
-@triton.jit(do_not_specialize=["num_tiles", "stride_lh"])
+@triton.jit(do_not_specialize=["num_tiles", "stride_lh", "stride_qsh", "stride_ksh", "stride_vsh"])
 def block_forward(
     tiles_ptr, q_ptr, k_ptr, v_ptr, out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, lse_ptr, spans_ptr, kv_spans_ptr, known_ptr, runs_ptr,
     run_offsets_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_qst, stride_qsh,

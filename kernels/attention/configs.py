@@ -57,9 +57,9 @@ def default_configs(head_dim: int, dtype: torch.dtype, shared_memory: int = SHAR
     """A rule for where nothing was measured: large tiles that compile without spills (tests/codegen.json), with as many stages as
     `shared_memory`, in bytes a block, has room for.
     """
-    if dtype.itemsize > 2:
-        small = Config(32, 32, 4, 1)
-        configs = Configs(Config(64, 32, 4, 2) if head_dim <= 128 else small, small, small)
+    if dtype.itemsize > 2:  # above 64, float32 spills a little in spite of its small tiles
+        small = Config(32, 32, 4, 1) if head_dim <= 64 else Config(32, 32, 8, 1) if head_dim <= 128 else Config(16, 16, 8, 1)
+        configs = Configs(Config(64, 32, 4, 2) if head_dim <= 64 else small, small, small)
     elif head_dim > 128:
         configs = Configs(Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 32, 8, 1))
     elif amd and head_dim > 64:
@@ -101,6 +101,7 @@ def least_product(dtype: torch.dtype) -> int:
     return 32 if dtype.itemsize == 1 else 16
 
 
+@lru_cache
 def limits(device: torch.device) -> dict:
     """The last two arguments of `default_configs`."""
     if device.type != "cuda":

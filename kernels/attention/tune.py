@@ -66,12 +66,12 @@ SHAPES = {
         Shape("eight small clips", [(16, 8, 8)] * 8, 16, Spatial()),
     ),
     "site": (
-        Shape("Open-Sora 1.2, 480p", [(15, 30, 53)], 16, Temporal(causal=False)),
-        Shape("AnimateDiff, 512p", [(16, 64, 64)], 8, Temporal(causal=False)),
-        Shape("a long clip, causal", [(120, 16, 16)], 16, Temporal()),
+        Shape("a long clip", [(257, 16, 16)], 16, Temporal(causal=False)),
+        Shape("a long clip, causal", [(160, 20, 32)], 8, Temporal()),
+        Shape("four small ones, by a window", [(400, 8, 8)] * 4, 16, Temporal(window=128)),
     ),
 }
-"""For each kind of mask, the shapes to time on, after models of those names."""
+"""For each kind of mask, the shapes to time on, after models of those names; of sites, clips too long for `temporal`."""
 
 
 class Milliseconds(NamedTuple):
