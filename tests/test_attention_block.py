@@ -149,14 +149,14 @@ def test_frames_may_count_from_below_zero(mask):
     check(pack([(7, 2, 3)], first_frames=[-4]), mask, backward=True)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(drawn=packs(), mask=masks())
 def test_drawn_packs(drawn, mask):
     check(pack(**drawn), mask, backward=True)
 
 
 @pytest.mark.parametrize("mask", FEW_MASKS, ids=str)
-@pytest.mark.parametrize("name", ["text first", "known and text"])
+@pytest.mark.parametrize("name", ["odd sides", "text first", "known and text"])
 def test_a_clip_alone_and_in_a_pack(name, mask):
     """Bit for bit, forwards and backwards."""
     drawn = LAYOUTS[name]
@@ -176,7 +176,8 @@ def test_a_clip_alone_and_in_a_pack(name, mask):
             assert torch.equal(part.grad, all_of_it.grad[rows])
 
 
-@pytest.mark.parametrize(("mask", "poison"), [*((mask, float("nan")) for mask in FEW_MASKS), (FEW_MASKS[-1], float("inf"))], ids=str)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("mask", FEW_MASKS, ids=str)
 def test_a_poisoned_clip_leaves_its_neighbours_untouched(mask, poison):
     layout = pack([(3, 2, 3), (3, 2, 3), (1, 2, 3)], text=[2, 2, 0])
     clean = leaves(*qkv_of(layout, heads=2, kv_heads=1))
@@ -235,7 +236,7 @@ PACKS = [
 ]
 
 
-@pytest.mark.parametrize("mask", [Temporal(), FrameCausal(chunk=2, window=2)], ids=str)
+@pytest.mark.parametrize("mask", [*FEW_MASKS[:2], Temporal(), FrameCausal(chunk=2, window=2)], ids=str)
 def test_replay_with_other_lengths(mask):
     """The launches of calls, forwards and backwards, made again as they were once the layouts have been refilled: as a CUDA graph does."""
     capacities = Capacity(clips=4, frames=9, tokens=60), Capacity(clips=4, frames=0, tokens=20)

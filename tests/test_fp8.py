@@ -108,7 +108,7 @@ def on_device(pack):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("mask", FEW_MASKS, ids=str)
-@pytest.mark.parametrize("name", ["odd sides", "text first", "known and text", "capacity"])
+@pytest.mark.parametrize("name", ["image beside video", "text first", "known and text", "capacity"])
 def test_attention(name, mask, implementation):
     layout = on_device(LAYOUTS[name])
     x8, scales, exact = quantised(layout, heads=4, kv_heads=2, dim=32)
