@@ -13,6 +13,11 @@ from .dispatch import select
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
+OUT_OF_FP8 = torch.bfloat16
+"""What an op on E4M3 gives."""
+
+Scales = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of the rows of q, k and v."""
 NO_TRITON = "this op has no Triton kernel yet"
 
 

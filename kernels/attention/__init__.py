@@ -9,11 +9,11 @@ import math
 import torch
 
 from ..dispatch import choose
-from ..fp8 import FP8
+from ..fp8 import FP8, Scales
 from ..layout import VideoLayout
 from ..masks import Mask
 from .merge import merge_attention
-from .operator import Scales, implementations, operator, run
+from .operator import implementations, operator, run
 
 __all__ = ["attention", "merge_attention"]
 

@@ -7,7 +7,7 @@ else is in the pack, since the order of sums does.
 
 import torch
 
-from ..fp8 import FP8
+from ..fp8 import FP8, OUT_OF_FP8, Scales
 from ..layout import VideoLayout
 from ..masks import Mask
 from . import block, hopper, temporal
@@ -18,9 +18,6 @@ from .schedule import tiles
 LARGEST_HEAD_DIM = 256
 FIRST_WITH_FP8 = (8, 9)
 """Ada."""
-OUT_OF_FP8 = torch.bfloat16
-
-Scales = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def attention_fused(

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ..dispatch import choose, select
-from ..fp8 import dequantize_rows
+from ..fp8 import OUT_OF_FP8, Scales, dequantize_rows
 from ..layout import VideoLayout
 from ..masks import Mask, RuleMask
 from .grouped import attention_grouped, attention_grouped_backward, attention_grouped_lse
@@ -27,8 +27,6 @@ except ModuleNotFoundError as error:  # a CPU needs no triton
         raise
     fused = None
 
-Scales = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-OUT_OF_FP8 = torch.bfloat16
 NO_GLUON = "this op has no Gluon kernel yet"
 
 
