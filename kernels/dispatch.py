@@ -10,6 +10,17 @@ from dataclasses import dataclass, field
 
 import torch
 
+try:
+    import triton
+
+    INTERPRETED = triton.knobs.runtime.interpret  # as the kernels, which are decorated while this package is imported
+except ModuleNotFoundError as error:  # a CPU needs no triton
+    if error.name != "triton":
+        raise
+    triton = None
+
+HAS_TRITON = triton is not None
+NO_GLUON = "this op has no Gluon kernel"
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton", "gluon")
 
 
@@ -71,3 +82,46 @@ def select(op: str, requested: str, available: Mapping[str, Callable], unavailab
     if requested == "auto":
         engagement.passed_over.update(unavailable or {})
     return available[name]
+
+
+def no_triton(x: torch.Tensor) -> str | None:
+    """Why Triton kernels cannot run on x, if they cannot, whatever the kernel."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if x.dtype == torch.float64:
+        return "the kernel computes in float32; float64 has the reference"
+    if x.device.type != "cuda" and not INTERPRETED:
+        return f"it needs a GPU, and the tensors are on {x.device} (TRITON_INTERPRET=1, set before the import, interprets it)"
+    return None
+
+
+def triton_first(x: torch.Tensor) -> bool:
+    """Whether "auto" prefers Triton's kernel for x: not where it would be interpreted."""
+    return x.device.type == "cuda"
+
+
+def with_triton(
+    x: torch.Tensor, others: Mapping[str, Callable], fused: Callable | None = None, reason: str | None = None
+) -> tuple[dict[str, Callable], dict[str, str]]:
+    """The last two arguments of `choose` and `select` for an op on x that can also run as `fused`, in Triton (None without triton), unless
+    there is a `reason` against it.
+    """
+    reason = no_triton(x) or reason
+    if reason is not None:
+        return dict(others), {"triton": f"the Triton kernel: {reason}", "gluon": NO_GLUON}
+    return ({"triton": fused} | dict(others) if triton_first(x) else dict(others) | {"triton": fused}), {"gluon": NO_GLUON}
+
+
+def launch(op: str, kernel, programs: int, *arguments, **constants) -> None:
+    """Run a Triton kernel of `op` as so many programs, on the device of its first argument, and record it. Tuples are of constants.
+
+    Products and sums are rounded one by one, unless the kernel says otherwise (`tl.fma`): what a compiler fuses differs between variants.
+    """
+    if not programs:
+        return
+    launched(op, "triton", kernel.fn.__name__)
+    constants = {
+        name: tuple(map(triton.language.constexpr, value)) if isinstance(value, tuple) else value for name, value in constants.items()
+    }
+    with torch.cuda.device_of(arguments[0]):
+        kernel[(programs,)](*arguments, enable_fp_fusion=False, **constants)

@@ -15,6 +15,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from codegen_calls import CALLS
+
 LEDGER = Path(__file__).with_suffix(".json")
 KERNELS = ("block_forward", "block_backward_queries", "block_backward_keys")
 HOPPER = "hopper_forward"
@@ -66,7 +68,6 @@ def compile_case(case: Case) -> dict[str, int]:
     """Compile a case for tensors that are aligned as torch aligns them, and count."""
     import torch
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from tubelet import kernels
     from tubelet.kernels.attention import block, configs, hopper, temporal
@@ -107,11 +108,56 @@ def compile_case(case: Case) -> dict[str, int]:
             signature[name] = "i32"
             if name.startswith("stride") and name != "stride_lh" and not name.endswith(("st", "sh")):
                 attributes[i,] = [["tt.divisibility", 16 if case.head_dim % 16 == 0 else 8]]
-    target = GPUTarget("hip", case.gpu, 64) if case.gpu.startswith("gfx") else GPUTarget("cuda", int(case.gpu[3:]), 32)
+    target = _target(case.gpu)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
     compiled = triton.compile(ASTSource(function, signature, constexprs, attributes), target=target, options=options)
     counts = _amd(compiled.asm["amdgcn"]) if target.backend == "hip" else _nvidia(compiled.asm["ptx"], compiled.asm["cubin"])
     return asdict(config) | {"shared": compiled.metadata.shared} | counts
+
+
+def compile_call(name: str, gpu: str) -> dict[str, dict[str, int]]:
+    """Make a call of `CALLS`, compile what it launches, and count, kernel by kernel."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    compiled = {}
+
+    def run(kernel, *arguments, grid, warmup, **options):
+        name = kernel.fn.__name__
+        name += f" {sum(other.split()[0] == name for other in compiled) + 1}" if name in compiled else ""
+        made = launch(kernel, *arguments, grid=grid, warmup=True, **options)
+        counts = _amd(made.asm["amdgcn"]) if gpu.startswith("gfx") else _nvidia(made.asm["ptx"], made.asm["cubin"])
+        compiled[name] = {"num_warps": made.metadata.num_warps, "shared": made.metadata.shared} | counts
+
+    launch, JITFunction.run = JITFunction.run, run
+    driver.set_active(_Device(gpu))
+    try:
+        CALLS[name].run()
+    finally:
+        JITFunction.run = launch
+    return {f"{gpu} {name}: {kernel}": figures for kernel, figures in compiled.items()}
+
+
+class _Device:
+    """What Triton asks of a GPU's driver in order to compile."""
+
+    def __init__(self, gpu: str):
+        self.target = _target(gpu)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> str:
+        return self.target.arch  # what is compiled is kept for a device
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+
+def _target(gpu: str):
+    from triton.backends.compiler import GPUTarget
+
+    return GPUTarget("hip", gpu, 64) if gpu.startswith("gfx") else GPUTarget("cuda", int(gpu[3:]), 32)
 
 
 def _nvidia(ptx: str, cubin: bytes) -> dict[str, int]:
@@ -155,8 +201,12 @@ def ledger() -> dict:
     """Compile all cases, on all cores."""
     import triton
 
+    calls = [(name, gpu) for name, call in CALLS.items() for gpu in call.gpus]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        return {"triton": triton.__version__, "cases": dict(zip(map(str, CASES), pool.map(compile_case, CASES), strict=True))}
+        cases = dict(zip(map(str, CASES), pool.map(compile_case, CASES), strict=True))
+        for kernels in pool.map(compile_call, *zip(*calls, strict=True)):
+            cases |= kernels
+    return {"triton": triton.__version__, "cases": cases}
 
 
 def text(ledger: dict) -> str:
@@ -166,8 +216,9 @@ def text(ledger: dict) -> str:
 
 
 if __name__ == "__main__":
-    written = text(ledger())
-    if sys.argv[1:] == ["-"]:
-        print(written)
+    if len(sys.argv) > 2:  # for a look at one: python tests/codegen.py CALL GPU
+        print(json.dumps(compile_call(sys.argv[1], sys.argv[2]), indent=1))
+    elif sys.argv[1:] == ["-"]:
+        print(text(ledger()))
     else:
-        LEDGER.write_text(written)
+        LEDGER.write_text(text(ledger()))

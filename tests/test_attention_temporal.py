@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from test_attention import EVERY_THIRD, LAYOUTS, definition, fused_by_part, leaves, randn
 from tolerance import assert_close
 from tubelet.engine import DiTConfig, VideoDiT
-from tubelet.kernels import Capacity, Temporal, VideoLayout, attention, engaged, reset_engaged
+from tubelet.kernels import Capacity, Temporal, VideoLayout, attention, dispatch, engaged, reset_engaged
 
 temporal = pytest.importorskip("tubelet.kernels.attention.temporal", reason="triton is not installed")
-attention_package, operator, schedule = (pytest.importorskip(f"tubelet.kernels.attention{name}") for name in ("", ".operator", ".schedule"))
+schedule = pytest.importorskip("tubelet.kernels.attention.schedule")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -186,12 +186,6 @@ def test_the_record_names_the_kernels():
 
 def test_the_model_takes_it(monkeypatch):
     """As on a GPU, where the Triton kernels come first."""
-    original = operator.implementations
-
-    def triton_first(q, with_lse):
-        available, unavailable = original(q, with_lse)
-        return {"triton": available["triton"]} | available, unavailable
-
     torch.manual_seed(0)
     dit = (
         VideoDiT(DiTConfig(channels=3, width=32, heads=2, blocks=("factorised", "factorised"), text_width=8, local_width=16))
@@ -204,8 +198,7 @@ def test_the_model_takes_it(monkeypatch):
     given = torch.randn(30, 12), torch.rand(5), torch.randn(8, 8)
     with torch.no_grad():
         wanted = dit(*(x.to(DEVICE) for x in given), layout, text)
-        for module in (operator, attention_package):
-            monkeypatch.setattr(module, "implementations", triton_first)
+        monkeypatch.setattr(dispatch, "triton_first", lambda x: True)
         reset_engaged()
         found = dit(*(x.to(DEVICE) for x in given), layout, text)
     assert engaged()["attention"]["triton"].kernels == {"block_forward": 4, "temporal_forward": 2}

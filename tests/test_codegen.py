@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 import codegen
+from codegen_calls import CALLS
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +53,16 @@ def test_a_kernel_fits_and_uses_the_tensor_cores(compiled, case):
         assert figures["mma"] + figures["tcgen05"] > 0
     else:
         assert figures["mma"] > 0
+
+
+@pytest.mark.parametrize(("name", "gpu"), [(name, gpu) for name, call in CALLS.items() for gpu in call.gpus])
+def test_the_kernels_of_a_call_fit_and_read_widely(compiled, name, gpu):
+    """And write so, apart from gfx942's, whose stores are narrower, and kernels that the call calls narrow."""
+    kernels = {key.split(": ")[1]: figures for key, figures in compiled["cases"].items() if key.startswith(f"{gpu} {name}: ")}
+    assert kernels
+    for kernel, figures in kernels.items():
+        assert figures["stack"] == 0, f"{kernel}: registers are spilled"
+        assert figures["shared"] <= codegen.SHARED_MEMORY[gpu], kernel
+        if kernel.split()[0] not in CALLS[name].narrow:
+            assert figures["loads of 16 bytes"] > 0, kernel
+            assert figures["stores of 16 bytes"] > 0 or gpu == "gfx942", kernel

@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import launched
+from ..dispatch import launch
 from ..layout import VideoLayout
 from ..masks import Mask, visible
 from .configs import Config, least_product, split_head_dim
@@ -463,9 +463,6 @@ def block_backward_keys(
 # ------------------------------------------------------------------------------------------------------------------------------ host
 
 
-INTERPRETED = not isinstance(block_forward, triton.JITFunction)
-
-
 class Launch:
     """What the launches of a call share."""
 
@@ -483,22 +480,8 @@ class Launch:
 
     def __call__(self, kernel, config: Config, table: torch.Tensor, heads: int, *arguments, **constants) -> None:
         """Run `kernel` for each tile of `table` and each head."""
-        if not len(table):
-            return
-        launched("attention", "triton", kernel.fn.__name__)
-        constants = {
-            name: tuple(map(tl.constexpr, value)) if isinstance(value, tuple) else value
-            for name, value in (self.constants | constants).items()
-        }
-        with torch.cuda.device_of(table):
-            kernel[(len(table) * heads,)](
-                table,
-                *arguments,
-                len(table),
-                BLOCK_M=config.block_m,
-                BLOCK_N=config.block_n,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-                enable_fp_fusion=False,
-                **constants,
-            )
+        launch(
+            "attention", kernel, len(table) * heads, table, *arguments, len(table),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, num_warps=config.num_warps, num_stages=config.num_stages,
+            **self.constants | constants,
+        )  # fmt: skip

@@ -89,14 +89,9 @@ def attention_fused_backward(
 
 
 def unavailable(q: torch.Tensor) -> str | None:
-    """Why the kernels cannot run on q, if they cannot."""
-    if q.dtype == torch.float64:
-        return "the kernel computes in float32; float64 has the reference"
+    """Why the kernels cannot run on q where others can, if they cannot."""
     if q.shape[2] > LARGEST_HEAD_DIM:
         return f"head_dim {q.shape[2]} is above {LARGEST_HEAD_DIM}"
-    if q.device.type != "cuda":
-        needed = f"it needs a GPU, and the tensors are on {q.device} (TRITON_INTERPRET=1, set before the import, interprets it)"
-        return None if block.INTERPRETED else needed
-    if q.dtype == FP8 and (torch.version.hip or torch.cuda.get_device_capability(q.device) < FIRST_WITH_FP8):
+    if q.dtype == FP8 and q.device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(q.device) < FIRST_WITH_FP8):
         return "this GPU has no E4M3"
     return None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import choose, select
+from ..dispatch import HAS_TRITON, choose, select, with_triton
 from ..fp8 import OUT_OF_FP8, Scales, dequantize_rows
 from ..layout import VideoLayout
 from ..masks import Mask, RuleMask
@@ -20,14 +20,8 @@ from .grouped import attention_grouped, attention_grouped_backward, attention_gr
 from .reference import attention_reference
 from .schedule import visible_pairs
 
-try:
+if HAS_TRITON:
     from . import fused
-except ModuleNotFoundError as error:  # a CPU needs no triton
-    if error.name != "triton":
-        raise
-    fused = None
-
-NO_GLUON = "this op has no Gluon kernel yet"
 
 
 def implementations(q: torch.Tensor, with_lse: bool) -> tuple[dict[str, Callable], dict[str, str]]:
@@ -35,11 +29,7 @@ def implementations(q: torch.Tensor, with_lse: bool) -> tuple[dict[str, Callable
     or without `with_lse` out alone where lse costs something.
     """
     available = {"torch": attention_grouped_lse if with_lse else attention_grouped, "reference": attention_reference}
-    reason = "triton is not installed" if fused is None else fused.unavailable(q)
-    if reason is not None:
-        return available, {"triton": f"the Triton kernel: {reason}", "gluon": NO_GLUON}
-    triton = {"triton": fused.attention_fused}
-    return triton | available if q.device.type == "cuda" else available | triton, {"gluon": NO_GLUON}
+    return with_triton(q, available, fused.attention_fused, fused.unavailable(q)) if HAS_TRITON else with_triton(q, available)
 
 
 def run(
@@ -57,7 +47,7 @@ def run(
     """(out, lse), by the implementation that is asked for; no lse where none is asked for and it costs something."""
     check_layouts(layout, mask, kv_layout)
     function = select("attention", implementation, *implementations(q, with_lse))
-    if fused is not None and function is fused.attention_fused:
+    if HAS_TRITON and function is fused.attention_fused:
         return function(q, k, v, layout, mask, kv_layout, scale, scales)
     if scales is not None:
         q, k, v = (dequantize_rows(x, each) for x, each in zip((q, k, v), scales, strict=True))
