@@ -1,1 +1,1 @@
-"""The benchmark suite: kernels and engine against their peers and the roofline. Not written yet."""
+"""The benchmark suite: kernels and engine against their peers and the roofline, measured in one run. See README.md beside this file."""

@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import entry_points
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -46,6 +47,10 @@ LongestClip = Annotated[int, typer.Option(help="Frames of the longest clips.")]
 
 def main() -> None:
     """Run the command. Bad input ends with its message and exit code 2, without a traceback (set TUBELET_DEBUG=1 to see it)."""
+    known = {group.name for group in app.registered_groups}
+    for command in entry_points(group="tubelet.commands"):  # of packages that build on the engine, such as the benchmarks
+        if command.name not in known:
+            app.add_typer(command.load(), name=command.name)
     try:
         app()
     except (ValueError, OSError) as error:

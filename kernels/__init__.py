@@ -7,8 +7,8 @@ from .guidance import guided_step
 from .layout import Capacity, ClipSpan, VideoLayout
 from .masks import Coordinates, FrameCausal, Full, Mask, Spatial, Temporal
 from .norms import Modulation, gated_residual, modulated_norm
-from .patch_embed import grid_of, patch_embed, patchify, unpatchify
-from .rotary import qk_norm_rope, rotary_table
+from .patch_embed import final_layer, grid_of, patch_embed, patchify, unpatchify
+from .rotary import NormRope, qk_norm_rope, rotary_table
 
 __all__ = [
     "Capacity",
@@ -19,11 +19,13 @@ __all__ = [
     "Full",
     "Mask",
     "Modulation",
+    "NormRope",
     "Spatial",
     "Temporal",
     "VideoLayout",
     "attention",
     "engaged",
+    "final_layer",
     "gated_residual",
     "grid_of",
     "guided_step",

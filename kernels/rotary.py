@@ -8,11 +8,26 @@ turned. Fused, q and k are read and written once: 4 * tokens * heads * head_dim 
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from .dispatch import select
 from .norms import norm_torch
+
+
+class NormRope(NamedTuple):
+    """The arguments of `qk_norm_rope`, for an op that does the same to q and k where it reads them."""
+
+    q_weight: torch.Tensor | None = None
+    k_weight: torch.Tensor | None = None
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    norm: str | None = "rms"
+    across_heads: bool = False
+    interleaved: bool = True
+    eps: float = 1e-6
+    rows: torch.Tensor | None = None
 
 
 def rotary_table(

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import TOLERANCE, assert_close
-from tubelet.kernels import Capacity, Modulation, VideoLayout, gated_residual, modulated_norm
+from tubelet.kernels import Capacity, Modulation, VideoLayout, gated_residual, modulated_norm, quantize_rows
 
 IMPLEMENTATIONS = ["torch"]
 SHAPES = [(1, 8, 1), (7, 33, 3), (20, 72, 4), (5, 129, 8)]  # tokens, channels, rows of the table
@@ -174,6 +175,56 @@ def test_float32_parameters_of_half_precision_tokens(dtype, kind, implementation
     assert_close(normed, modulated_by_hand(norm_by_hand(wanted, kind, weight.double()), shift.double(), scale.double(), rows), dtype)
 
 
+@everywhere
+@every_dtype
+def test_tanh_of_the_gate(dtype, implementation):
+    rows = rows_of(7, 3)
+    check(
+        lambda x, y, gate: gated_residual(x, y, gate, rows, tanh_gate=True, implementation=implementation),
+        lambda x, y, gate: gated_by_hand(x, y, gate.tanh(), rows),
+        dtype,
+        x=randn(7, 24, dtype=dtype),
+        y=randn(7, 24, dtype=dtype, seed=1),
+        **table(3, 24, "gate", dtype=dtype),
+    )
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parameters", [None, torch.float32], ids=str)
+def test_exact_mode(parameters, dtype, kind):
+    """Bit for bit the plain expression, which the default may not be."""
+    rows, x, y = rows_of(30, 4), randn(30, 96, dtype=dtype), randn(30, 96, dtype=dtype, seed=1)
+    gate, shift, scale = table(4, 96, "gate", "shift", "scale", dtype=parameters or dtype).values()
+    i = rows.long()
+    norm = {"layer": F.layer_norm, "rms": F.rms_norm}[kind]
+    for weight in (None, randn(96, seed=2).to(dtype)):
+        out, normed = gated_residual(x, y, gate, rows, norm=Modulation(shift, scale, kind, weight), exact=True, implementation="torch")
+        wanted = (x + gate[i] * y).to(dtype)
+        assert torch.equal(out, wanted)
+        wanted = (norm(wanted, (96,), weight, eps=1e-6) * (1 + scale[i]) + shift[i]).to(dtype)
+        assert (normed == wanted).double().mean() >= 0.999  # in float16 the library's norm with a weight may sum in another order
+        assert torch.equal(modulated_norm(out, shift, scale, rows, kind=kind, weight=weight, exact=True, implementation="torch"), normed)
+
+
+@everywhere
+@every_kind
+@every_dtype
+def test_fp8(dtype, kind, implementation):
+    """What `quantize_rows` makes of the norm before it is rounded to x's dtype."""
+    rows, x, y = rows_of(9, 4), randn(9, 40, dtype=dtype), randn(9, 40, dtype=dtype, seed=1)
+    gate, shift, scale = table(4, 40, "gate", "shift", "scale", dtype=dtype).values()
+    out, (y8, scales) = gated_residual(x, y, gate, rows, norm=Modulation(shift, scale, kind), fp8=True, implementation=implementation)
+    assert torch.equal(out, gated_residual(x, y, gate, rows, implementation=implementation))
+    alone8, alone = modulated_norm(out, shift, scale, rows, kind=kind, fp8=True, implementation=implementation)
+    reference = modulated_by_hand(norm_by_hand(out.double(), kind), shift.double(), scale.double(), rows)
+    for found8, found in ((y8, scales), (alone8, alone)):
+        wanted8, wanted = quantize_rows(reference, implementation="reference")
+        assert found8.dtype == wanted8.dtype and found.dtype == torch.float32
+        assert_close(found.to(dtype), wanted.double(), dtype)
+        assert (found8.float() != wanted8.float()).double().mean() <= (0.1 if found is scales and dtype.itemsize < 4 else 0.01)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @every_dtype
 def test_gradient_of_a_row_that_many_tokens_share(dtype, implementation):
@@ -292,6 +343,21 @@ X, TABLE, ROWS = torch.zeros(4, 8), torch.zeros(2, 8), torch.zeros(4, dtype=torc
         (lambda: gated_residual(X, X, TABLE), ValueError, "rows: expected the table row of each token along with gate, got None"),
         (lambda: gated_residual(X, X, TABLE[:, :3], ROWS), ValueError, r"gate: expected \(rows, 8\), got shape \(2, 3\)"),
         (lambda: gated_residual(X, X, norm=Modulation(TABLE, None)), ValueError, "rows: expected .* along with shift, got None"),
+        (lambda: gated_residual(X, X.to("meta")), ValueError, "y: expected a tensor on cpu, got meta"),
+        (lambda: modulated_norm(X, weight=X[0].to("meta")), ValueError, "weight: expected a tensor on cpu, got meta"),
+        (lambda: modulated_norm(X, TABLE, None, ROWS.to("meta")), ValueError, "rows: expected a tensor on cpu, got meta"),
+        (lambda: gated_residual(X, X, tanh_gate=True), ValueError, "tanh_gate: expected False without a gate, got True"),
+        (lambda: gated_residual(X, X, fp8=True), ValueError, "fp8: expected False without a norm, which is what it concerns, got True"),
+        (
+            lambda: modulated_norm(X, TABLE.clone().requires_grad_(), None, ROWS, fp8=True),
+            ValueError,
+            "fp8: expected no gradient to be required, since there is none, got shift with requires_grad",
+        ),
+        (
+            lambda: gated_residual(X, X.clone().requires_grad_(), norm=Modulation(None, None), fp8=True),
+            ValueError,
+            "fp8: expected no gradient to be required, since there is none, got y with requires_grad",
+        ),
         (lambda: gated_residual(X, X, norm=Modulation(None, None, "batch")), ValueError, "kind: expected 'layer' or 'rms', got 'batch'"),
     ],
 )

@@ -12,6 +12,7 @@ from ..dispatch import choose
 from ..fp8 import FP8, Scales
 from ..layout import VideoLayout
 from ..masks import Mask
+from ..rotary import NormRope, qk_norm_rope
 from .merge import merge_attention
 from .operator import implementations, operator, run
 
@@ -30,6 +31,7 @@ def attention(
     kv_layout: VideoLayout | None = None,
     scale: float | None = None,
     scales: Scales | None = None,
+    norm_rope: NormRope | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +41,9 @@ def attention(
     of a fused QKV tensor serve. layout: where the queries lie. mask: `Full()`, `Spatial()`, `Temporal(...)` or `FrameCausal(...)`.
     kv_layout: where keys and values lie if not in `layout` (text for cross-attention; a longer clip for a cache), clip i attending to clip
     i. scale: 1 / sqrt(head_dim) by default, not below zero. scales: for q, k and v in float8_e4m3fn, those of their rows, float32 (tokens,
-    heads) and twice (kv tokens, kv heads), as `quantize_rows` gives them. return_lse: also return the log of the sum of exp(scale * q k^T)
+    heads) and twice (kv tokens, kv heads), as `quantize_rows` gives them. norm_rope: what `qk_norm_rope` is to do to q and k before; the
+    kernels of Temporal do it where they read them (norms of single heads, tables shared by heads, pairs of neighbours or halves of the head
+    dim), else it is called. return_lse: also return the log of the sum of exp(scale * q k^T)
     over each query's keys, with which `merge_attention` joins results over parts of the keys; gradients do not flow back through it.
 
     Returns out (tokens, heads, head_dim) in q's dtype (for float8_e4m3fn in bfloat16, without a gradient), or (out, lse) with lse (heads,
@@ -49,16 +53,37 @@ def attention(
     """
     kv_layout = layout if kv_layout is None else kv_layout
     _check(q, k, v, layout, mask, kv_layout, scale, scales)
+    if norm_rope is not None and (kv_layout is not layout or scales is not None):
+        raise ValueError("norm_rope: expected with q and k of one layout, and without scales, since it is done before both")
     # Autograd and FLOP counters know what torch does; what it does not know, and what a graph should not look into, is an operator.
-    if not torch.compiler.is_compiling() and choose("attention", implementation, *implementations(q, return_lse)) != "triton":
+    triton = choose("attention", implementation, *implementations(q, return_lse)) == "triton"
+    if norm_rope is not None and not (triton and _on_load(q, mask, norm_rope)):
+        q, k = qk_norm_rope(q, k, **norm_rope._asdict(), implementation=implementation)
+        norm_rope = None
+    if not triton and not torch.compiler.is_compiling():
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         out, lse = run(q, k, v, scales, layout, mask, kv_layout, scale, return_lse, implementation)
     else:
         rule = [int(number) for number in mask.as_rule()]
+        how = (None,) * 6 + (True, None)
+        if norm_rope is not None:
+            how = tuple(getattr(norm_rope, name) for name in ("q_weight", "k_weight", "cos", "sin", "rows", "norm", "interleaved", "eps"))
         out, lse = operator(
-            q, k, v, *(scales or (None,) * 3), layout.handle, kv_layout.handle, rule, mask.same_site, scale, return_lse, implementation
-        )
+            q, k, v, *(scales or (None,) * 3), *how,
+            layout.handle, kv_layout.handle, rule, mask.same_site, scale, return_lse, implementation,
+        )  # fmt: skip
     return (out, lse.detach()) if return_lse else out
+
+
+def _on_load(q: torch.Tensor, mask: Mask, how: NormRope) -> bool:
+    """Whether the Triton kernels that serve this mask do it where they read q and k."""
+    if not mask.same_site or how.across_heads:
+        return False
+    if how.cos is None:
+        return True
+    head_dim, pairs = q.shape[-1], how.cos.shape[-1]
+    in_registers = how.interleaved or (2 * pairs == head_dim >= 16 and head_dim & (head_dim - 1) == 0)
+    return in_registers and how.cos.dim() == 2 and not (how.cos.requires_grad or how.sin.requires_grad)
 
 
 def _check(q, k, v, layout, mask, kv_layout, scale, scales) -> None:

@@ -34,6 +34,7 @@ from ..dispatch import launch
 from ..layout import VideoLayout
 from ..masks import Mask, visible
 from .configs import Config, least_product, split_head_dim
+from .norm_rope import norm_rope, norm_rope_backward, store_weight_gradient
 from .ranges import LN_2, LOG2_E, SHIFT, TEXT, VIDEO, clamped, sequence, window
 from .schedule import Clips
 
@@ -244,12 +245,15 @@ def _keys_of(known_ptr, rows, stop, first, frame_rows, RULE):
 def _attend(state, context, keys, begin, end, RULED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS):
     """The online softmax of a tile of queries over rows begin .. end of a sequence of keys."""
     acc, peak, total, unit = state
-    q, t, free, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, k_scale_ptr, v_scale_ptr, stride_kst, stride_vst = context
+    q, t, free, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, k_turn, k_scale_ptr, v_scale_ptr, stride_kst, stride_vst = (
+        context
+    )
     base, step, _, frame_rows, first = keys
     IS_FP8: tl.constexpr = q[0].dtype.is_fp8()
     for n in range(begin, end, BLOCK):
         rows = n + tl.arange(0, BLOCK)
         k = _load_parts(k_ptr, base, step, rows, end, stride_kt, WHOLE, DIMS)
+        k = norm_rope(k, base + rows * step, rows < end, k_turn, DIMS)
         s = _product(q, k, DIMS)
         if IS_FP8:
             s *= _load_scales(k_scale_ptr, base, step, rows, end, stride_kst)[None, :]
@@ -282,12 +286,18 @@ def _attend(state, context, keys, begin, end, RULED: tl.constexpr, WHOLE: tl.con
 
 @triton.jit(do_not_specialize=["num_tiles", "stride_lh", "stride_qsh", "stride_ksh", "stride_vsh"])
 def block_forward(
-    tiles_ptr, q_ptr, k_ptr, v_ptr, out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, lse_ptr, spans_ptr, kv_spans_ptr, known_ptr, runs_ptr,
-    run_offsets_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_qst, stride_qsh,
-    stride_kst, stride_ksh, stride_vst, stride_vsh, stride_lh, scale_log2, num_tiles,
-    GROUP: tl.constexpr, SITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RULE, DIMS,
+    tiles_ptr, q_turn, k_turn, q_ptr, k_ptr, v_ptr, out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, lse_ptr, spans_ptr, kv_spans_ptr,
+    known_ptr, runs_ptr, run_offsets_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    stride_qst, stride_qsh, stride_kst, stride_ksh, stride_vst, stride_vsh, stride_lh, scale_log2, num_tiles,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, SITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RULE, DIMS,
 ):  # fmt: skip
     """A tile of queries of one head. Neighbouring programs share the head, so that its keys stay in L2."""
+    (
+        stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    ) = (
+        stride_qt * UNIT, stride_qh * UNIT, stride_kt * UNIT, stride_kh * UNIT, stride_vt * UNIT, stride_vh * UNIT, stride_ot * UNIT,
+        stride_oh * UNIT,
+    )  # fmt: skip
     tiles_ptr += 3 * (tl.program_id(0) % num_tiles)
     head = (tl.program_id(0) // num_tiles).to(tl.int64)
     clip, row, site = tl.load(tiles_ptr), tl.load(tiles_ptr + 1), tl.load(tiles_ptr + 2)
@@ -296,6 +306,7 @@ def block_forward(
     base, step, stop, frame_rows, first = sequence(spans_ptr, clip, site, SITE)
     rows = row + tl.arange(0, BLOCK_M)
     q = _load_parts(q_ptr + head * stride_qh, base, step, rows, stop, stride_qt, False, DIMS)
+    q = norm_rope(q, base + rows * step, rows < stop, q_turn, DIMS)
     k_ptr += head // GROUP * stride_kh
     v_ptr += head // GROUP * stride_vh
     if q_ptr.dtype.element_ty.is_fp8():
@@ -304,8 +315,8 @@ def block_forward(
         v_scale_ptr += head // GROUP * stride_vsh
     known_ptr += tl.load(kv_spans_ptr + 7 * clip + 6)
     context = (
-        q, first + rows // frame_rows, site == TEXT, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, k_scale_ptr,
-        v_scale_ptr, stride_kst, stride_vst,
+        q, first + rows // frame_rows, site == TEXT, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, k_turn,
+        k_scale_ptr, v_scale_ptr, stride_kst, stride_vst,
     )  # fmt: skip
     acc = _zeros(BLOCK_M, DIMS)
     state = acc, tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32), 1.0
@@ -347,11 +358,12 @@ def _inner(a, b, DIMS):
 def _pull(state, context, keys, begin, end, RULED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS):
     """Adds to dq of a tile of queries what comes from rows begin .. end of a sequence of keys."""
     dq = state
-    q, do, lse, delta, t, free, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2 = context
+    q, do, lse, delta, t, free, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, k_turn = context
     base, step, _, frame_rows, first = keys
     for n in range(begin, end, BLOCK):
         rows = n + tl.arange(0, BLOCK)
         k = _load_parts(k_ptr, base, step, rows, end, stride_kt, WHOLE, DIMS)
+        k = norm_rope(k, base + rows * step, rows < end, k_turn, DIMS)
         v = _load_parts(v_ptr, base, step, rows, end, stride_vt, WHOLE, DIMS)
         s = _product(q, k, DIMS)
         if RULED:
@@ -366,12 +378,19 @@ def _pull(state, context, keys, begin, end, RULED: tl.constexpr, WHOLE: tl.const
 
 @triton.jit(do_not_specialize=["num_tiles", "stride_lh"])
 def block_backward_queries(
-    tiles_ptr, q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, spans_ptr, kv_spans_ptr, known_ptr, runs_ptr,
-    run_offsets_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_dot, stride_doh,
-    stride_dqt, stride_dqh, stride_lh, scale, num_tiles,
-    GROUP: tl.constexpr, SITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RULE, DIMS,
+    tiles_ptr, q_turn, k_turn, q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, spans_ptr, kv_spans_ptr, known_ptr,
+    runs_ptr, run_offsets_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    stride_dot, stride_doh, stride_dqt, stride_dqh, stride_lh, scale, num_tiles,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, SITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RULE, DIMS,
 ):  # fmt: skip
     """dq of a tile of queries of one head, and its do . out for the other kernel."""
+    (
+        stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_dot, stride_doh, stride_dqt,
+        stride_dqh,
+    ) = (
+        stride_qt * UNIT, stride_qh * UNIT, stride_kt * UNIT, stride_kh * UNIT, stride_vt * UNIT, stride_vh * UNIT, stride_ot * UNIT,
+        stride_oh * UNIT, stride_dot * UNIT, stride_doh * UNIT, stride_dqt * UNIT, stride_dqh * UNIT,
+    )  # fmt: skip
     tiles_ptr += 3 * (tl.program_id(0) % num_tiles)
     head = (tl.program_id(0) // num_tiles).to(tl.int64)
     clip, row, site = tl.load(tiles_ptr), tl.load(tiles_ptr + 1), tl.load(tiles_ptr + 2)
@@ -380,6 +399,7 @@ def block_backward_queries(
     base, step, stop, frame_rows, first = sequence(spans_ptr, clip, site, SITE)
     rows = row + tl.arange(0, BLOCK_M)
     q = _load_parts(q_ptr + head * stride_qh, base, step, rows, stop, stride_qt, False, DIMS)
+    q = norm_rope(q, base + rows * step, rows < stop, q_turn, DIMS)
     do = _load_parts(do_ptr + head * stride_doh, base, step, rows, stop, stride_dot, False, DIMS)
     out = _load_parts(out_ptr + head * stride_oh, base, step, rows, stop, stride_ot, False, DIMS)
     delta = _inner(do, out, DIMS)
@@ -389,25 +409,32 @@ def block_backward_queries(
     v_ptr += head // GROUP * stride_vh
     known_ptr += tl.load(kv_spans_ptr + 7 * clip + 6)
     t = first + rows // frame_rows
-    context = q, do, lse, delta, t, site == TEXT, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale * LOG2_E
+    context = q, do, lse, delta, t, site == TEXT, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale * LOG2_E, k_turn
     state = _zeros(BLOCK_M, DIMS)
     last = tl.minimum(row + BLOCK_M, stop) - 1
     dq = _visit_keys(
         _pull, state, context, first + row // frame_rows, first + last // frame_rows, clip, site, kv_spans_ptr, runs_ptr, run_offsets_ptr,
         SITE, BLOCK_N, RULE, DIMS,
     )  # fmt: skip
-    _store_parts(dq_ptr + head * stride_dqh, _times(dq, scale, DIMS), base, step, rows, stop, stride_dqt, DIMS)
+    dq = _times(dq, scale, DIMS)
+    if q_turn is not None:
+        # Loaded again rather than kept in registers meanwhile.
+        raw = _load_parts(q_ptr + head * stride_qh, base, step, rows, stop, stride_qt, False, DIMS)
+        dq, dw = norm_rope_backward(dq, raw, base + rows * step, rows < stop, q_turn, DIMS)
+        store_weight_gradient(dw, q_turn, DIMS)
+    _store_parts(dq_ptr + head * stride_dqh, dq, base, step, rows, stop, stride_dqt, DIMS)
 
 
 @triton.jit
 def _push(state, context, queries, begin, end, RULED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS):
     """Adds to dk and dv of a tile of keys what comes from rows begin .. end of a sequence of queries."""
     dk, dv = state
-    k, v, u, known, free, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qt, stride_dot, scale_log2 = context
+    k, v, u, known, free, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qt, stride_dot, scale_log2, q_turn = context
     base, step, _, frame_rows, first = queries
     for m in range(begin, end, BLOCK):
         rows = m + tl.arange(0, BLOCK)
         q = _load_parts(q_ptr, base, step, rows, end, stride_qt, WHOLE, DIMS)
+        q = norm_rope(q, base + rows * step, rows < end, q_turn, DIMS)
         do = _load_parts(do_ptr, base, step, rows, end, stride_dot, WHOLE, DIMS)
         lse = _load_lse(lse_ptr, base, step, rows, end)
         delta = tl.load(delta_ptr + base + rows * step, mask=rows < end, other=0.0)
@@ -424,12 +451,18 @@ def _push(state, context, queries, begin, end, RULED: tl.constexpr, WHOLE: tl.co
 
 @triton.jit(do_not_specialize=["num_tiles", "stride_lh"])
 def block_backward_keys(
-    tiles_ptr, q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, spans_ptr, kv_spans_ptr, known_ptr,
+    tiles_ptr, q_turn, k_turn, q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, spans_ptr, kv_spans_ptr, known_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dkt, stride_dkh, stride_lh, scale,
     num_tiles,
-    GROUP: tl.constexpr, SITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RULE, DIMS,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, SITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RULE, DIMS,
 ):  # fmt: skip
     """dk and dv of a tile of keys of one head of keys, from all heads of queries that share it, in their order."""
+    (
+        stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dkt, stride_dkh,
+    ) = (
+        stride_qt * UNIT, stride_qh * UNIT, stride_kt * UNIT, stride_kh * UNIT, stride_vt * UNIT, stride_vh * UNIT, stride_dot * UNIT,
+        stride_doh * UNIT, stride_dkt * UNIT, stride_dkh * UNIT,
+    )  # fmt: skip
     tiles_ptr += 3 * (tl.program_id(0) % num_tiles)
     kv_head = (tl.program_id(0) // num_tiles).to(tl.int64)
     clip, row, site = tl.load(tiles_ptr), tl.load(tiles_ptr + 1), tl.load(tiles_ptr + 2)
@@ -438,6 +471,7 @@ def block_backward_keys(
     base, step, stop, frame_rows, first = sequence(kv_spans_ptr, clip, site, SITE)
     rows = row + tl.arange(0, BLOCK_N)
     k = _load_parts(k_ptr + kv_head * stride_kh, base, step, rows, stop, stride_kt, False, DIMS)
+    k = norm_rope(k, base + rows * step, rows < stop, k_turn, DIMS)
     v = _load_parts(v_ptr + kv_head * stride_vh, base, step, rows, stop, stride_vt, False, DIMS)
     u, known = _keys_of(known_ptr + tl.load(kv_spans_ptr + 7 * clip + 6), rows, tl.where(site == TEXT, 0, stop), first, frame_rows, RULE)
     any_known = False
@@ -449,14 +483,19 @@ def block_backward_keys(
     for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
         context = (
             k, v, u, known, site == TEXT, q_ptr + head * stride_qh, do_ptr + head * stride_doh, lse_ptr + head * stride_lh,
-            delta_ptr + head * stride_lh, stride_qt, stride_dot, scale * LOG2_E,
+            delta_ptr + head * stride_lh, stride_qt, stride_dot, scale * LOG2_E, q_turn,
         )  # fmt: skip
         state = _visit_queries(
             _push, state, context, first + row // frame_rows, first + last // frame_rows, any_known, clip, site, spans_ptr,
             SITE, BLOCK_M, RULE, DIMS,
         )  # fmt: skip
     dk, dv = state
-    _store_parts(dk_ptr + kv_head * stride_dkh, _times(dk, scale, DIMS), base, step, rows, stop, stride_dkt, DIMS)
+    dk = _times(dk, scale, DIMS)
+    if k_turn is not None:
+        raw = _load_parts(k_ptr + kv_head * stride_kh, base, step, rows, stop, stride_kt, False, DIMS)
+        dk, dw = norm_rope_backward(dk, raw, base + rows * step, rows < stop, k_turn, DIMS)
+        store_weight_gradient(dw, k_turn, DIMS)
+    _store_parts(dk_ptr + kv_head * stride_dkh, dk, base, step, rows, stop, stride_dkt, DIMS)
     _store_parts(dv_ptr + kv_head * stride_dkh, dv, base, step, rows, stop, stride_dkt, DIMS)
 
 

@@ -10,9 +10,11 @@ import torch
 from ..fp8 import FP8, OUT_OF_FP8, Scales
 from ..layout import VideoLayout
 from ..masks import Mask
+from ..rotary import NormRope
 from . import block, hopper, temporal
 from .configs import Configs, configs_for, default_configs, limits
-from .ranges import LEAST_SCALE, LOG2_E, strides
+from .norm_rope import Turns
+from .ranges import LEAST_SCALE, LOG2_E, strides, unit_of
 from .schedule import tiles
 
 LARGEST_HEAD_DIM = 256
@@ -30,8 +32,12 @@ def attention_fused(
     scale: float,
     scales: Scales | None = None,
     configs: Configs | None = None,
+    how: NormRope | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Same arguments and result as `attention_reference`, for float16, bfloat16, float32 and, with scales, E4M3; head dims to 256."""
+    """Same arguments and result as `attention_reference`, for float16, bfloat16, float32 and, with scales, E4M3; head dims to 256.
+
+    how: what is done to q and k on load, of a mask of single sites.
+    """
     configs = configs or configs_for(q, mask)
     make = torch.zeros if layout.capacity else torch.empty  # tokens past the end of the pack are in no tile
     out = make(q.shape, dtype=OUT_OF_FP8 if q.dtype == FP8 else q.dtype, device=q.device)
@@ -42,13 +48,15 @@ def attention_fused(
             return out, lse
         configs = default_configs(q.shape[2], q.dtype, **limits(q.device))  # what was tuned is for the other kernel
     scales, scale_log2 = scales or (None, None, None), max(scale, LEAST_SCALE) * LOG2_E.value
-    launch = block.Launch(q, k, layout, mask, kv_layout)
+    launch, turns = block.Launch(q, k, layout, mask, kv_layout), Turns(how, q.shape[2])
     longest = temporal.longest(q) if mask.same_site else 0
     if longest:
-        temporal.forward_temporal(launch, q, k, v, out, lse, layout, kv_layout, scale_log2)
+        temporal.forward_temporal(launch, q, k, v, out, lse, layout, kv_layout, scale_log2, turns)
+    unit = unit_of(q, k, v, out)
     launch(
         block.block_forward, configs.forward, tiles(layout, configs.forward.block_m, mask, kv_layout, longer_than=longest), q.shape[1],
-        q, k, v, out, *scales, lse, *launch.tables, *strides(q, k, v, out, *scales), lse.stride(0), scale_log2, SITE=mask.same_site,
+        *turns(), q, k, v, out, *scales, lse, *launch.tables, *strides(q, k, v, out, unit=unit), *strides(*scales), lse.stride(0),
+        scale_log2, SITE=mask.same_site, UNIT=unit,
     )  # fmt: skip
     return out, lse
 
@@ -65,27 +73,34 @@ def attention_fused_backward(
     kv_layout: VideoLayout,
     scale: float,
     configs: Configs | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv, contiguous, from do (tokens, heads, head_dim), which has a unit last stride, and what `attention_fused` took and gave."""
+    how: NormRope | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """dq, dk, dv, contiguous, from do (tokens, heads, head_dim), which has a unit last stride, and what `attention_fused` took and gave.
+
+    With `how` also the gradients of its two weights, None for one that is not there.
+    """
     configs = configs or configs_for(q, mask)
     dq = (torch.zeros if layout.capacity else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = ((torch.zeros if kv_layout.capacity else torch.empty)(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     delta, scale = torch.zeros_like(lse), max(scale, LEAST_SCALE)
-    launch = block.Launch(q, k, layout, mask, kv_layout)
+    launch, turns = block.Launch(q, k, layout, mask, kv_layout), Turns(how, q.shape[2])
     longest = temporal.longest(q, backward=True) if mask.same_site else 0
+    unit = unit_of(q, k, v, out, do)
     table = tiles(layout, configs.queries.block_m, mask, kv_layout, longer_than=longest)
     launch(
         block.block_backward_queries, configs.queries, table, q.shape[1],
-        q, k, v, out, do, dq, lse, delta, *launch.tables, *strides(q, k, v, out, do, dq), lse.stride(0), scale, SITE=mask.same_site,
+        *turns(len(table) * q.shape[1], queries=True), q, k, v, out, do, dq, lse, delta, *launch.tables,
+        *strides(q, k, v, out, do, dq, unit=unit), lse.stride(0), scale, SITE=mask.same_site, UNIT=unit,
     )  # fmt: skip
     if longest:  # between the two: it needs what the first finds for text, and the second, for text, needs what it finds
-        temporal.backward_temporal(launch, do, q, k, v, out, lse, delta, dq, dk, dv, layout, kv_layout, scale)
+        temporal.backward_temporal(launch, do, q, k, v, out, lse, delta, dq, dk, dv, layout, kv_layout, scale, turns)
     table = tiles(kv_layout, configs.keys.block_n, mask, layout, of_keys=True, longer_than=longest)
     launch(
         block.block_backward_keys, configs.keys, table, k.shape[1],
-        q, k, v, do, dk, dv, lse, delta, *launch.tables[:3], *strides(q, k, v, do, dk), lse.stride(0), scale, SITE=mask.same_site,
+        *turns(len(table) * k.shape[1], keys=True), q, k, v, do, dk, dv, lse, delta, *launch.tables[:3],
+        *strides(q, k, v, do, dk, unit=unit), lse.stride(0), scale, SITE=mask.same_site, UNIT=unit,
     )  # fmt: skip
-    return dq, dk, dv
+    return dq, dk, dv, *turns.weight_gradients()
 
 
 def unavailable(q: torch.Tensor) -> str | None:

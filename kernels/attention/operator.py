@@ -16,6 +16,7 @@ from ..dispatch import HAS_TRITON, choose, select, with_triton
 from ..fp8 import OUT_OF_FP8, Scales, dequantize_rows
 from ..layout import VideoLayout
 from ..masks import Mask, RuleMask
+from ..rotary import NormRope
 from .grouped import attention_grouped, attention_grouped_backward, attention_grouped_lse
 from .reference import attention_reference
 from .schedule import visible_pairs
@@ -43,12 +44,16 @@ def run(
     scale: float,
     with_lse: bool,
     implementation: str,
+    how: NormRope | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(out, lse), by the implementation that is asked for; no lse where none is asked for and it costs something."""
+    """(out, lse), by the implementation that is asked for; no lse where none is asked for and it costs something.
+
+    how: what Triton's does to q and k on load.
+    """
     check_layouts(layout, mask, kv_layout)
     function = select("attention", implementation, *implementations(q, with_lse))
     if HAS_TRITON and function is fused.attention_fused:
-        return function(q, k, v, layout, mask, kv_layout, scale, scales)
+        return function(q, k, v, layout, mask, kv_layout, scale, scales, how=how)
     if scales is not None:
         q, k, v = (dequantize_rows(x, each) for x, each in zip((q, k, v), scales, strict=True))
     result = function(q, k, v, layout, mask, kv_layout, scale)
@@ -76,6 +81,14 @@ def operator(
     q_scale: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    norm: str | None,
+    interleaved: bool,
+    eps: float | None,
     layout: int,
     kv_layout: int,
     rule: list[int],
@@ -84,17 +97,22 @@ def operator(
     with_lse: bool,
     implementation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`run`, with the scales one by one, layouts as handles, a mask as its rule, and no lse as an empty tensor."""
+    """`run`, with the scales and what is done on load (nothing if eps is None) one by one, layouts as handles, a mask as its rule.
+
+    No lse is an empty tensor.
+    """
+    how = None if eps is None else NormRope(q_weight, k_weight, cos, sin, norm, interleaved=interleaved, eps=eps, rows=rows)
     scales = None if q_scale is None else (q_scale, k_scale, v_scale)
     mask, layouts = RuleMask.of(rule, same_site), (VideoLayout.of_handle(layout), VideoLayout.of_handle(kv_layout))
-    out, lse = run(q, k, v, scales, layouts[0], mask, layouts[1], _scale(scale, q), with_lse, implementation)
+    out, lse = run(q, k, v, scales, layouts[0], mask, layouts[1], _scale(scale, q), with_lse, implementation, how)
     lse = q.new_empty(0, dtype=torch.float32) if lse is None else lse.contiguous()
     lse.untyped_storage().layouts = layouts  # saved for the backward pass, it keeps them alive until then
     return out.contiguous(), lse
 
 
 @operator.register_fake
-def _(q, k, v, q_scale, k_scale, v_scale, layout, kv_layout, rule, same_site, scale, with_lse, implementation):
+def _(q, k, v, q_scale, *rest):
+    with_lse, implementation = rest[-2:]
     has_lse = with_lse or choose("attention", implementation, *implementations(q, with_lse)) == "triton"
     out = q.new_empty(q.shape, dtype=q.dtype if q_scale is None else OUT_OF_FP8)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -109,34 +127,50 @@ def operator_backward(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    norm: str | None,
+    interleaved: bool,
+    eps: float | None,
     layout: int,
     kv_layout: int,
     rule: list[int],
     same_site: bool,
     scale: float | None,
     implementation: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv, and the gradients of the two weights, empty where there is none."""
     mask, layouts = RuleMask.of(rule, same_site), (VideoLayout.of_handle(layout), VideoLayout.of_handle(kv_layout))
     if choose("attention", implementation, *implementations(q, False)) != "triton":
-        return attention_grouped_backward(do, q, k, v, layouts[0], mask, layouts[1], _scale(scale, q))
+        grads = attention_grouped_backward(do, q, k, v, layouts[0], mask, layouts[1], _scale(scale, q))
+        return *grads, q.new_empty(0), q.new_empty(0)
+    how = None if eps is None else NormRope(q_weight, k_weight, cos, sin, norm, interleaved=interleaved, eps=eps, rows=rows)
     do = do if do.stride(-1) == 1 else do.contiguous()
-    return fused.attention_fused_backward(do, q, k, v, out, lse, layouts[0], mask, layouts[1], _scale(scale, q))
+    grads = fused.attention_fused_backward(do, q, k, v, out, lse, layouts[0], mask, layouts[1], _scale(scale, q), how=how)
+    return *grads[:3], *(q.new_empty(0) if grad is None else grad for grad in grads[3:] or (None, None))
 
 
 @operator_backward.register_fake
-def _(do, q, k, v, *rest):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+def _(do, q, k, v, out, lse, q_weight, k_weight, *rest):
+    weights = (q.new_empty(0) if weight is None else weight for weight in (q_weight, k_weight))
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *weights))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, *_, layout, kv_layout, rule, same_site, scale, _, implementation = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.rest = layout, kv_layout, rule, same_site, scale, implementation
+    q, k, v, *_ = inputs
+    tensors, how, (*layouts_and_mask, _with_lse, implementation) = inputs[6:11], inputs[11:14], inputs[14:]
+    ctx.save_for_backward(q, k, v, *output, *tensors)
+    ctx.rest = *how, *layouts_and_mask, implementation
 
 
 def _backward(ctx, do, _):
-    return *operator_backward(do, *ctx.saved_tensors, *ctx.rest), *[None] * 10
+    *grads, dq_weight, dk_weight = operator_backward(do, *ctx.saved_tensors, *ctx.rest)
+    q_weight, k_weight = ctx.saved_tensors[5:7]
+    weights = (None if weight is None else grad for weight, grad in ((q_weight, dq_weight), (k_weight, dk_weight)))
+    return *grads, None, None, None, *weights, *[None] * 13
 
 
 operator.register_autograd(_backward, setup_context=_setup_context)
@@ -147,12 +181,14 @@ def _scale(scale: float | None, q: torch.Tensor) -> float:
 
 
 @register_flop_formula(torch.ops.tubelet.attention, get_raw=True)
-def _flops(q, k, v, q_scale, k_scale, v_scale, layout, kv_layout, rule, same_site, *rest, out_val=None) -> int:
+def _flops(q, *rest, out_val=None) -> int:
+    layout, kv_layout, rule, same_site, *_ = rest[13:]
     pairs = visible_pairs(VideoLayout.of_handle(layout), RuleMask.of(rule, same_site), VideoLayout.of_handle(kv_layout))
     return 4 * q.shape[1] * q.shape[2] * pairs
 
 
 @register_flop_formula(torch.ops.tubelet.attention_backward, get_raw=True)
-def _backward_flops(do, q, k, v, out, lse, layout, kv_layout, rule, same_site, *rest, out_val=None) -> int:
+def _backward_flops(do, q, *rest, out_val=None) -> int:
+    layout, kv_layout, rule, same_site, *_ = rest[12:]
     pairs = visible_pairs(VideoLayout.of_handle(layout), RuleMask.of(rule, same_site), VideoLayout.of_handle(kv_layout))
     return 10 * q.shape[1] * q.shape[2] * pairs

@@ -67,6 +67,14 @@ def clamped(x, low, high):
     return tl.minimum(tl.maximum(x, low), high)
 
 
-def strides(*tensors: torch.Tensor | None) -> list[int]:
-    """Of tokens and of heads; zeros for a tensor that is not there."""
-    return [stride for x in tensors for stride in (x.stride()[:2] if x is not None else (0, 0))]
+def strides(*tensors: torch.Tensor | None, unit: int = 1) -> list[int]:
+    """Of tokens and of heads, in units of elements; zeros for a tensor that is not there."""
+    return [stride // unit for x in tensors for stride in (x.stride()[:2] if x is not None else (0, 0))]
+
+
+def unit_of(*tensors: torch.Tensor) -> int:
+    """The elements in 16 bytes, if all strides of tokens and heads are multiples of it, else 1. Kernels take strides in this unit: that a
+    product with a constant is aligned is known to the compiler, that 72 is a multiple of 8 would not be (it looks for multiples of 16).
+    """
+    unit = 16 // min(x.element_size() for x in tensors)
+    return unit if all(stride % unit == 0 for x in tensors for stride in x.stride()[:2]) else 1

@@ -31,7 +31,8 @@ from .block import (
     _zeros,
 )
 from .configs import SHARED_MEMORY, Config, limits, split_head_dim
-from .ranges import LN_2, LOG2_E, TEXT, sequence, strides
+from .norm_rope import Turns, add_weight_gradient, no_weight_gradient, norm_rope, norm_rope_backward, store_weight_gradient
+from .ranges import LN_2, LOG2_E, TEXT, sequence, strides, unit_of
 from .schedule import site_tiles
 
 END = tl.constexpr(1 << 30)
@@ -73,11 +74,17 @@ def _place(spans_ptr, kv_spans_ptr, known_ptr, clip, site, BLOCK: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["num_tiles", "stride_lh"])
 def temporal_forward(
-    tiles_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, spans_ptr, kv_spans_ptr, known_ptr, stride_qt, stride_qh, stride_kt, stride_kh,
-    stride_vt, stride_vh, stride_ot, stride_oh, stride_lh, scale_log2, heads, num_tiles,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_TEXT: tl.constexpr, RULE, DIMS,
+    tiles_ptr, q_turn, k_turn, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, spans_ptr, kv_spans_ptr, known_ptr,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_lh, scale_log2, heads, num_tiles,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_TEXT: tl.constexpr, RULE, DIMS,
 ):  # fmt: skip
     """BLOCK_M // frames sites of a clip, of one head. A site with a single frame gives its value, bit for bit."""
+    (
+        stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    ) = (
+        stride_qt * UNIT, stride_qh * UNIT, stride_kt * UNIT, stride_kh * UNIT, stride_vt * UNIT, stride_vh * UNIT, stride_ot * UNIT,
+        stride_oh * UNIT,
+    )  # fmt: skip
     tiles_ptr += 2 * (tl.program_id(0) // heads)
     head = (tl.program_id(0) % heads).to(tl.int64)
     clip, site = tl.load(tiles_ptr), tl.load(tiles_ptr + 1)
@@ -87,7 +94,9 @@ def temporal_forward(
     k_ptr += head // GROUP * stride_kh
     v_ptr += head // GROUP * stride_vh
     q = _load_parts(q_ptr + head * stride_qh, 0, 1, rows, END, stride_qt, False, DIMS)
+    q = norm_rope(q, rows, rows < END, q_turn, DIMS)
     k = _load_parts(k_ptr, 0, 1, keys, END, stride_kt, False, DIMS)
+    k = norm_rope(k, keys, keys < END, k_turn, DIMS)
     v = _load_parts(v_ptr, 0, 1, keys, END, stride_vt, False, DIMS)
     s = _scores(q, k, rows[:, None], nth[:, None], t[:, None], keys[None, :], key_nth[None, :], u[None, :], known[None, :], RULE, DIMS)
     peak = tl.max(s, 1) * scale_log2
@@ -98,7 +107,7 @@ def temporal_forward(
     acc = _add_product(_zeros(BLOCK_M, DIMS), p.to(v[0].dtype), v, DIMS)
     if HAS_TEXT:
         text = sequence(kv_spans_ptr, clip, TEXT, False)
-        context = q, t, False, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, None, None, 0, 0
+        context = q, t, False, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, k_turn, None, None, 0, 0
         acc, peak, total, _unit = _attend((acc, peak, total, 1.0), context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS)
     share = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]  # a query that saw nothing gives zeros, NaN stays NaN
     _store_parts(out_ptr + head * stride_oh, _times(acc, share, DIMS), 0, 1, rows, END, stride_ot, DIMS)
@@ -108,12 +117,20 @@ def temporal_forward(
 
 @triton.jit(do_not_specialize=["num_tiles", "stride_lh"])
 def temporal_backward(
-    tiles_ptr, q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, spans_ptr, kv_spans_ptr, known_ptr,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_dot, stride_doh, stride_dqt, stride_dqh,
-    stride_dkt, stride_dkh, stride_lh, scale, kv_heads, num_tiles,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_TEXT: tl.constexpr, RULE, DIMS,
+    tiles_ptr, q_turn, k_turn, q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, spans_ptr, kv_spans_ptr,
+    known_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_dot, stride_doh,
+    stride_dqt, stride_dqh, stride_dkt, stride_dkh, stride_lh, scale, kv_heads, num_tiles,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_TEXT: tl.constexpr, RULE, DIMS,
 ):  # fmt: skip
     """dq, dk and dv of BLOCK_M // frames sites of a clip, of one head of keys and all heads of queries that share it, in their order."""
+    (
+        stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_dot, stride_doh, stride_dqt,
+        stride_dqh, stride_dkt, stride_dkh,
+    ) = (
+        stride_qt * UNIT, stride_qh * UNIT, stride_kt * UNIT, stride_kh * UNIT, stride_vt * UNIT, stride_vh * UNIT, stride_ot * UNIT,
+        stride_oh * UNIT, stride_dot * UNIT, stride_doh * UNIT, stride_dqt * UNIT, stride_dqh * UNIT, stride_dkt * UNIT,
+        stride_dkh * UNIT,
+    )  # fmt: skip
     tiles_ptr += 2 * (tl.program_id(0) // kv_heads)
     kv_head = (tl.program_id(0) % kv_heads).to(tl.int64)
     clip, site = tl.load(tiles_ptr), tl.load(tiles_ptr + 1)
@@ -124,10 +141,13 @@ def temporal_backward(
     k_ptr += kv_head * stride_kh
     v_ptr += kv_head * stride_vh
     k = _load_parts(k_ptr, 0, 1, keys, END, stride_kt, False, DIMS)
+    k = norm_rope(k, keys, keys < END, k_turn, DIMS)
     v = _load_parts(v_ptr, 0, 1, keys, END, stride_vt, False, DIMS)
     dk, dv = _zeros(BLOCK_M, DIMS), _zeros(BLOCK_M, DIMS)
+    q_sum = no_weight_gradient(DIMS)
     for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
         q = _load_parts(q_ptr + head * stride_qh, 0, 1, rows, END, stride_qt, False, DIMS)
+        q = norm_rope(q, rows, rows < END, q_turn, DIMS)
         do = _load_parts(do_ptr + head * stride_doh, 0, 1, rows, END, stride_dot, False, DIMS)
         out = _load_parts(out_ptr + head * stride_oh, 0, 1, rows, END, stride_ot, False, DIMS)
         delta = _inner(do, out, DIMS)
@@ -142,17 +162,29 @@ def temporal_backward(
         dq = _add_product(_zeros(BLOCK_M, DIMS), tl.trans(ds), k, DIMS)
         if HAS_TEXT:
             text = sequence(kv_spans_ptr, clip, TEXT, False)
-            context = q, do, lse, delta, t, False, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2
+            context = q, do, lse, delta, t, False, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, k_turn
             dq = _pull(dq, context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS)
-        _store_parts(dq_ptr + head * stride_dqh, _times(dq, scale, DIMS), 0, 1, rows, END, stride_dqt, DIMS)
+        dq = _times(dq, scale, DIMS)
+        if q_turn is not None:
+            # Loaded again rather than kept in registers meanwhile.
+            raw = _load_parts(q_ptr + head * stride_qh, 0, 1, rows, END, stride_qt, False, DIMS)
+            dq, dw = norm_rope_backward(dq, raw, rows, rows < END, q_turn, DIMS)
+            q_sum = add_weight_gradient(q_sum, dw, DIMS)
+        _store_parts(dq_ptr + head * stride_dqh, dq, 0, 1, rows, END, stride_dqt, DIMS)
         if HAS_TEXT:
             text = sequence(spans_ptr, clip, TEXT, False)
             context = (
                 k, v, u, known, False, q_ptr + head * stride_qh, do_ptr + head * stride_doh, lse_ptr + head * stride_lh,
-                delta_ptr + head * stride_lh, stride_qt, stride_dot, scale_log2,
+                delta_ptr + head * stride_lh, stride_qt, stride_dot, scale_log2, q_turn,
             )  # fmt: skip
             dk, dv = _push((dk, dv), context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS)
-    _store_parts(dk_ptr + kv_head * stride_dkh, _times(dk, scale, DIMS), 0, 1, keys, END, stride_dkt, DIMS)
+    dk = _times(dk, scale, DIMS)
+    if k_turn is not None:
+        raw = _load_parts(k_ptr, 0, 1, keys, END, stride_kt, False, DIMS)
+        dk, dw = norm_rope_backward(dk, raw, keys, keys < END, k_turn, DIMS)
+        store_weight_gradient(dw, k_turn, DIMS)
+        store_weight_gradient(q_sum, q_turn, DIMS)
+    _store_parts(dk_ptr + kv_head * stride_dkh, dk, 0, 1, keys, END, stride_dkt, DIMS)
     _store_parts(dv_ptr + kv_head * stride_dkh, dv, 0, 1, keys, END, stride_dkt, DIMS)
 
 
@@ -166,13 +198,15 @@ def forward_temporal(
     layout: VideoLayout,
     kv_layout: VideoLayout,
     scale_log2: float,
+    turns: Turns,
 ) -> None:
     """Writes out (tokens, heads, head_dim) and lse (heads, tokens) of the frames of short clips."""
+    unit = unit_of(q, k, v, out)
     for rows in sizes(q.shape[2], q.dtype, **limits(q.device)):
         launch(
-            temporal_forward, config(rows), site_tiles(layout, rows, kv_layout), q.shape[1],
-            q, k, v, out, lse, *launch.tables[:3], *strides(q, k, v, out), lse.stride(0), scale_log2, q.shape[1],
-            HAS_TEXT=_has_text(kv_layout),
+            temporal_forward, config(rows, wide=turns.how is not None and q.shape[2] > 64), site_tiles(layout, rows, kv_layout), q.shape[1],
+            *turns(), q, k, v, out, lse, *launch.tables[:3], *strides(q, k, v, out, unit=unit), lse.stride(0), scale_log2, q.shape[1],
+            HAS_TEXT=_has_text(kv_layout), UNIT=unit,
         )  # fmt: skip
 
 
@@ -191,14 +225,17 @@ def backward_temporal(
     layout: VideoLayout,
     kv_layout: VideoLayout,
     scale: float,
+    turns: Turns,
 ) -> None:
     """Writes dq, dk, dv, and delta, the inner products of do and out (heads, tokens), of the frames of short clips; reads that of text."""
+    unit = unit_of(q, k, v, out, do)
     for rows in sizes(q.shape[2], q.dtype, **limits(q.device), backward=True):
+        table = site_tiles(layout, rows, kv_layout)
         launch(
-            temporal_backward, config(rows, backward=True), site_tiles(layout, rows, kv_layout), k.shape[1],
-            q, k, v, out, do, dq, dk, dv, lse, delta, *launch.tables[:3], *strides(q, k, v, out, do, dq, dk), lse.stride(0), scale,
-            k.shape[1],
-            HAS_TEXT=_has_text(layout) or _has_text(kv_layout),
+            temporal_backward, config(rows, backward=True), table, k.shape[1],
+            *turns(len(table) * k.shape[1], queries=True, keys=True), q, k, v, out, do, dq, dk, dv, lse, delta, *launch.tables[:3],
+            *strides(q, k, v, out, do, dq, dk, unit=unit), lse.stride(0), scale, k.shape[1],
+            HAS_TEXT=_has_text(layout) or _has_text(kv_layout), UNIT=unit,
         )  # fmt: skip
 
 
@@ -221,9 +258,9 @@ def sizes(head_dim: int, dtype: torch.dtype, shared_memory: int, amd: bool, back
     return tuple(each for each in rows if tiles * each * row <= shared_memory)
 
 
-def config(rows: int, backward: bool = False) -> Config:
+def config(rows: int, backward: bool = False, wide: bool = False) -> Config:
     """How tiles of `rows` rows are launched; block_n is that of text."""
-    return Config(rows, 32, 8 if backward else rows // 16, 1)
+    return Config(rows, 32, 8 if backward or wide else rows // 16, 1)
 
 
 def _has_text(layout: VideoLayout) -> bool:

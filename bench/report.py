@@ -1,0 +1,476 @@
+"""Results as tables and pictures: Markdown, PNG, and one HTML page without any other file, whose table can be sorted and filtered."""
+
+import base64
+import html
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from .record import FOLDER, Measurement, Run, committed, read
+from .roofline import floor_ms
+
+BEGIN, END = "<!-- speed: written by `tubelet bench report --readme` -->", "<!-- end of speed -->"
+LEVELS = ("quick", "default", "full")
+INK, OURS, PEER, GOOD, BAD = "#1f2430", "#2563eb", "#9aa3b2", "#15803d", "#b91c1c"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A case: ours and the best peer, both right and timed, None where there is none; `ratio` is how many times as fast ours is."""
+
+    op: str
+    case: str
+    ours: Measurement | None
+    peer: Measurement | None
+    floor: float | None
+    in_graph: bool
+
+    def time(self, measurement: Measurement) -> float:
+        return measurement.graph_ms if self.in_graph else measurement.ms
+
+    @property
+    def ratio(self) -> float | None:
+        return self.time(self.peer) / self.time(self.ours) if self.ours and self.peer else None
+
+    @property
+    def of_floor(self) -> float | None:
+        """The floor over our time: 1 at the physical limit."""
+        return self.floor / self.time(self.ours) if self.ours and self.floor else None
+
+
+def load(paths: Sequence[Path] | None = None) -> list[tuple[Path, Run]]:
+    """Of files and folders; the committed ones if none are given. Raises ValueError or OSError for what is no result."""
+    found = []
+    for path in paths or [FOLDER]:
+        found += committed(path) if path.is_dir() else [(path, read(path))]
+    return sorted(found, key=lambda each: each[1].date)
+
+
+def latest(runs: Sequence[tuple[Path, Run]]) -> list[tuple[Path, Run]]:
+    """One for each device: the newest, but a quick one only if there is no other. GPUs come first."""
+    chosen: dict[str, tuple[Path, Run]] = {}
+    for path, run in sorted(runs, key=lambda each: (each[1].level != "quick", each[1].date)):
+        chosen[run.device] = path, run
+    return sorted(chosen.values(), key=lambda each: (each[1].kind != "cuda", each[1].device))
+
+
+def rows(run: Run) -> list[Row]:
+    """The cases of a run, in its order."""
+    cases: dict[tuple[str, str], list[Measurement]] = {}
+    for each in run.measurements:
+        cases.setdefault((each.op, each.case), []).append(each)
+    found = []
+    for (op, case), each in cases.items():
+        timed = [m for m in each if m.status == "ok" and m.comparable]
+        ours = min((m for m in timed if m.ours), key=lambda m: m.ms, default=None)
+        peer = min((m for m in timed if not m.ours), key=lambda m: m.ms, default=None)
+        in_graph = bool(ours and ours.graph_ms)
+        if in_graph and peer:  # only like with like, and against the best of those
+            peer = min((m for m in timed if not m.ours and m.graph_ms), key=lambda m: m.graph_ms, default=peer)
+            in_graph = bool(peer.graph_ms)
+            if not in_graph:
+                peer = min((m for m in timed if not m.ours), key=lambda m: m.ms)
+        found.append(Row(op, case, ours, peer, floor_ms(each[0], run.ceilings), in_graph))
+    return found
+
+
+def exponents(run: Run) -> list[tuple[str, str, float, list[tuple[int, float]]]]:
+    """(series, implementation, exponent, [(tokens, ms), ...]) of cases that differ in their tokens alone, of three or more. The exponent
+    is the slope of log time over log tokens in the upper half, where constants no longer tell.
+    """
+    lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for each in run.measurements:
+        if each.series and each.status == "ok" and each.op == "length":
+            lines.setdefault((each.series, each.implementation), []).append((each.shape["tokens"], each.graph_ms or each.ms))
+    found = []
+    for (series, name), points in lines.items():
+        points.sort()
+        if len(points) >= 3:
+            found.append((series, name, slope(points[-max(3, len(points) // 2) :]), points))
+    return found
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Of log y over log x, by least squares."""
+    xs, ys = ([math.log(p[i]) for p in points] for i in (0, 1))
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+
+
+def summary(run: Run) -> Table:
+    """For the terminal."""
+    table = Table("op", "case", "tubelet, ms", "best peer, ms", "", "times as fast", "of the floor")
+    for row in rows(run):
+        ours = f"{row.time(row.ours):.4g}" if row.ours else "-"
+        peer = f"{row.time(row.peer):.4g}" if row.peer else "-"
+        style = None if row.ratio is None else "green" if row.ratio >= 1.05 else "red" if row.ratio < 0.95 else None
+        name = row.peer.implementation if row.peer else ""
+        table.add_row(row.op, row.case, ours, peer, name, _number(row.ratio, "{:.2f}"), _number(row.of_floor, "{:.0%}"), style=style)
+    return table
+
+
+def write_report(runs: Sequence[tuple[Path, Run]], out: Path) -> list[Path]:
+    """report.md, report.html and the pictures, in a folder, which is made. Without matplotlib there are no pictures, and the pages say
+    so.
+    """
+    out.mkdir(exist_ok=True)
+    pictures = {run.device: _pictures(run, out) for _, run in runs}
+    markdown, page = out / "report.md", out / "report.html"
+    markdown.write_text(_markdown(runs, pictures))
+    page.write_text(_html(runs, pictures))
+    return [markdown, page, *(path for each in pictures.values() for path in each.values())]
+
+
+def update_readme(path: Path, runs: Sequence[tuple[Path, Run]]) -> None:
+    """Write the section between the marks anew. Raises ValueError if the file has not both."""
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path}: expected one line {BEGIN!r} and after it one {END!r}")
+    before, _, rest = text.partition(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{speed_section(runs)}\n{END}{rest.partition(END)[2]}")
+
+
+def speed_section(runs: Sequence[tuple[Path, Run]]) -> str:
+    """For the README: of each device, cases of the quick level, in words that claim no more than was measured."""
+    parts = []
+    if not any(run.kind == "cuda" for _, run in runs):
+        parts.append("No result of a GPU is committed yet, so no speed on a GPU is claimed. `tubelet bench` measures yours.")
+    for path, run in runs:
+        shown = [row for row in rows(run) if row.ours and row.op not in ("length", "packing")]
+        what = f"**{run.device}**" + ("" if run.kind == "cuda" else " (a CPU: no GPU was used)")
+        lines = [
+            f"{what}, {run.date[:10]}, commit {(run.commit or 'unknown')[:8]}, torch {run.versions.get('torch', '?')}, from `{path.name}`:",
+            "",
+        ]
+        lines += ["| op | case | ours, ms | best peer, ms | times as fast | of the floor |", "|---|---|---|---|---|---|"]
+        for row in shown:
+            peer = f"{row.time(row.peer):.3g} ({row.peer.implementation})" if row.peer else "-"
+            cells = [row.op, row.case, f"{row.time(row.ours):.3g}", peer, _number(row.ratio, "{:.2f}"), _number(row.of_floor, "{:.0%}")]
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def is_busy(run: Run) -> bool:
+    """Whether, when a run on a CPU began, other programs kept busy what it was to use."""
+    spare = (run.host.get("processors") or 1) - (run.host.get("threads") or 1)
+    return run.kind != "cuda" and (run.host.get("load") or 0) > spare + 0.3
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _rate(value: float | None, ms: float | None, unit: float) -> str:
+    return "-" if not value or not ms else f"{value / ms / 1e-3 / unit:.4g}"
+
+
+def _heading(run: Run) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    ceilings = run.ceilings
+    rates = ", ".join(f"{name} {rate / 1e12:.4g} TFLOP/s" for name, rate in ceilings.matmul.items())
+    lines = [
+        f"Measured on {run.date}, level {run.level}, commit {run.commit or 'unknown'}{' with changes' if run.dirty else ''}"
+        + ("" if run.complete else "; the run was not finished") + ".",
+        f"Versions: {versions}." + (f" Driver {run.driver}." if run.driver else ""),
+    ]  # fmt: skip
+    if ceilings.copy:
+        lines.append(f"Ceilings in this run: copy {ceilings.copy / 1e9:.4g} GB/s; matrix products {rates}.")
+    if run.clocks:
+        seen = "; ".join(f"{name} {low:g} / {middle:g} / {high:g}" for name, (low, middle, high) in run.clocks.items())
+        lines.append(f"Clocks seen, lowest / median / highest: {seen}.")
+    if run.kind != "cuda":
+        lines.insert(0, "These are figures of a CPU. They say nothing of any GPU.")
+        if run.host.get("load"):
+            busy = ", so other programs took part of it, and these figures are not to be trusted" if is_busy(run) else ""
+            lines.append(f"Load of the machine when the run began: {run.host['load']:g}{busy}.")
+    return lines
+
+
+def _markdown(runs, pictures) -> str:
+    parts = ["# Benchmarks of tubelet", "", "What each figure means is told in bench/README.md.", ""]
+    for path, run in runs:
+        parts += [f"## {run.device}", "", *(f"{line}  " for line in _heading(run)), f"From {path.name}.", ""]
+        for title, picture in pictures[run.device].items():
+            parts += [f"![{title}]({picture.name})", ""]
+        if not pictures[run.device]:
+            parts += ["No pictures: matplotlib is not installed (`pip install tubelet[bench]`).", ""]
+        fits = exponents(run)
+        if fits:
+            parts += ["Cost against length, time ~ tokens^e:", "", "| series | implementation | e |", "|---|---|---|"]
+            parts += [f"| {series} | {name} | {exponent:.2f} |" for series, name, exponent, _ in fits] + [""]
+        floors = {(row.op, row.case): row for row in rows(run)}
+        for op in dict.fromkeys(each.op for each in run.measurements):
+            parts += [f"### {op}", ""]
+            parts += [
+                "| case | implementation | ms | quartiles | in a graph | TFLOP/s | GB/s | of the floor | peak MB | workspace MB | error |"
+            ]
+            parts += ["|---" * 11 + "|"]
+            for each in run.measurements:
+                if each.op == op and each.status == "ok":
+                    floor = floors[op, each.case].floor
+                    name = f"**{each.implementation}**" if each.ours else each.implementation
+                    cells = [each.case, name, f"{each.ms:.4g}", f"{each.low:.4g} to {each.high:.4g}", _number(each.graph_ms, "{:.4g}")]
+                    cells += [_rate(each.flops, each.graph_ms or each.ms, 1e12), _rate(each.bytes, each.graph_ms or each.ms, 1e9)]
+                    cells += [_number(floor and floor / (each.graph_ms or each.ms), "{:.0%}")]
+                    cells += [_number(x if x is None else x / 1e6, "{:.1f}") for x in (each.peak_bytes, each.workspace_bytes)]
+                    parts.append("| " + " | ".join([*cells, f"{each.error[0]:.1e}" if each.error else "-"]) + " |")
+            parts.append("")
+        others: dict[tuple[str, str, str], list[str]] = {}
+        for each in run.measurements:
+            if each.status != "ok":
+                others.setdefault((each.implementation or "(case)", each.status, (each.reason or "").replace("|", "/")), []).append(each.op)
+        if others:
+            parts += ["### Not timed", "", "| implementation | why | what it said | cases |", "|---|---|---|---|"]
+            for (name, status, reason), ops in others.items():
+                parts.append(
+                    f"| {name} | {status} | {reason[:200]} | {', '.join(f'{op} ({ops.count(op)})' for op in dict.fromkeys(ops))} |"
+                )
+            parts.append("")
+    return "\n".join(parts)
+
+
+def _pictures(run: Run, out: Path) -> dict[str, Path]:
+    """title -> file."""
+    try:
+        import matplotlib
+    except ImportError:
+        return {}
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = {}
+    slug = "".join(c if c.isalnum() else "-" for c in run.device.lower()).strip("-")
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK, "text.color": INK}
+    with pyplot.rc_context(style):
+        for name, title, draw in (
+            ("ratio", "Times as fast as the best peer", _draw_ratio),
+            ("roofline", "Roofline", _draw_roofline),
+            ("length", "Time against length", _draw_length),
+            ("packing", "Packing", _draw_packing),
+            ("graph", "CUDA graphs", _draw_graph),
+        ):
+            figure = draw(run, pyplot)
+            if figure is not None:
+                path = out / f"{slug}-{name}.png"
+                figure.savefig(path, dpi=150, bbox_inches="tight")
+                pyplot.close(figure)
+                found[f"{title}, {run.device}"] = path
+    return found
+
+
+def _draw_ratio(run: Run, pyplot):
+    shown = [row for row in rows(run) if row.ratio]
+    if not shown:
+        return None
+    figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.22 * len(shown)))
+    for i, row in enumerate(reversed(shown)):
+        noise = row.ours.low <= row.peer.high and row.peer.low <= row.ours.high
+        axes.barh(i, row.ratio - 1, left=1, color=PEER if noise else OURS if row.ratio >= 1 else BAD, height=0.7)
+        axes.text(max(row.ratio, 1), i, f" {row.ratio:.2f}  {row.peer.implementation}", va="center", fontsize=7)
+    axes.axvline(1, color=INK, linewidth=0.8)
+    axes.set_yticks(range(len(shown)), [f"{row.op}: {row.case}" for row in reversed(shown)], fontsize=7)
+    ratios = [row.ratio for row in shown]
+    axes.set_xscale("log")
+    axes.set_xlim(min(0.5, 0.9 * min(ratios)), 3.5 * max(1.2, *ratios))
+    _plain_ticks(axes.xaxis, [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100], axes.get_xlim())
+    axes.set_ylim(-0.6, len(shown) - 0.4)
+    axes.set_xlabel("times as fast as the best peer of the run, which is named; grey: the quartiles overlap")
+    return figure
+
+
+def _plain_ticks(axis, values: Sequence[float], limits: tuple[float, float] = (0, math.inf)) -> None:
+    """On a logarithmic axis, ticks at these values, written as they are."""
+    from matplotlib import ticker
+
+    values = [value for value in values if limits[0] <= value <= limits[1]]
+    axis.set_major_locator(ticker.FixedLocator(values))
+    axis.set_major_formatter(ticker.FixedFormatter([f"{value:,g}" for value in values]))
+    axis.set_minor_locator(ticker.NullLocator())
+
+
+def _draw_roofline(run: Run, pyplot):
+    shown = [(row, row.ours) for row in rows(run) if row.ours and row.ours.flops and row.ours.bytes]
+    if not shown or not run.ceilings.copy or not run.ceilings.matmul:
+        return None
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    intensities = [m.flops / m.bytes for _, m in shown]
+    low, high = min(intensities) / 2, max(*intensities, 2 * max(run.ceilings.matmul.values()) / run.ceilings.copy) * 2
+    for i, (name, rate) in enumerate(sorted(run.ceilings.matmul.items(), key=lambda each: -each[1])):
+        ridge = rate / run.ceilings.copy
+        axes.plot([low, ridge, high], [low * run.ceilings.copy / 1e12, rate / 1e12, rate / 1e12], color=INK, linewidth=1, alpha=1 - 0.2 * i)
+        axes.text(high, rate / 1e12, f" {name}", va="center", fontsize=7)
+    markers, ops = "os^Dv<>Pp*Xhd", list(dict.fromkeys(row.op for row, _ in shown))
+    for op in ops:
+        points = [(m.flops / m.bytes, m.flops / row.time(m) / 1e-3 / 1e12) for row, m in shown if row.op == op]
+        axes.scatter(*zip(*points, strict=True), marker=markers[ops.index(op) % len(markers)], s=28, label=op, alpha=0.85)
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte that has to move", ylabel="TFLOP/s")
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.12, 0.5))
+    return figure
+
+
+def _draw_length(run: Run, pyplot):
+    lines = exponents(run)
+    if not lines:
+        return None
+    series = list(dict.fromkeys(line[0] for line in lines))
+    figure, panels = pyplot.subplots(1, len(series), figsize=(4.2 * len(series), 3.6), squeeze=False)
+    for axes, name in zip(panels[0], series, strict=True):
+        for _, implementation, exponent, points in (line for line in lines if line[0] == name):
+            ours = implementation == "tubelet"
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=OURS if ours else None, linewidth=2 if ours else 1,
+                      zorder=3 if ours else 2, alpha=1 if ours else 0.7, label=f"{implementation}: tokens^{exponent:.2f}")  # fmt: skip
+        axes.set(xscale="log", yscale="log", title=name, xlabel="tokens", ylabel="ms")
+        lengths = sorted({x for line in lines if line[0] == name for x, _ in line[3]})
+        _plain_ticks(axes.xaxis, lengths[:: 1 + len(lengths) // 5])
+        axes.legend(fontsize=6, frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def _draw_packing(run: Run, pyplot):
+    points: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for each in run.measurements:
+        if each.op == "packing" and each.series and each.status == "ok":
+            rate = each.shape["tokens"] / each.ms / 1e3  # million tokens a second
+            points.setdefault(each.series, {}).setdefault(each.implementation, []).append((each.shape["clips"], rate))
+    if not points:
+        return None
+    figure, panels = pyplot.subplots(1, len(points), figsize=(3.6 * len(points), 3.4), squeeze=False)
+    for axes, (series, lines) in zip(panels[0], points.items(), strict=True):
+        for name, line in lines.items():
+            ours = name.startswith("tubelet")
+            axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, label=name, color=OURS if name == "tubelet" else None,
+                      linestyle="-" if "one by one" not in name else "--", linewidth=1.6 if ours else 1)  # fmt: skip
+        axes.set(xscale="log", title=series, xlabel="requests", ylabel="million tokens a second")
+        _plain_ticks(axes.xaxis, sorted({x for line in lines.values() for x, _ in line}))
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=6, frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def _draw_graph(run: Run, pyplot):
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for each in run.measurements:
+        if each.op == "CUDA graph" and each.status == "ok":
+            lines.setdefault(each.implementation, []).append((each.shape["tokens"], each.ms))
+    if not lines:
+        return None
+    figure, axes = pyplot.subplots(figsize=(5, 3.6))
+    for name, line in lines.items():
+        axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms of four blocks")
+    axes.legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _html(runs, pictures) -> str:
+    data = []
+    for _, run in runs:
+        best = {(row.op, row.case): row for row in rows(run)}
+        for each in run.measurements:
+            row, ms = best[each.op, each.case], each.graph_ms or each.ms
+            peer = row.time(row.peer) if row.peer else None
+            mine = (each.graph_ms if row.in_graph else each.ms) if each.ms else None
+            data.append(
+                [
+                    run.device, each.op, each.case, each.implementation, each.status, each.ms,
+                    None if each.ms is None else round(100 * (each.high - each.low) / each.ms, 1), each.graph_ms,
+                    each.flops / ms / 1e9 if each.flops and ms else None, each.bytes / ms / 1e6 if each.bytes and ms else None,
+                    100 * row.floor / ms if row.floor and ms else None, peer / mine if peer and mine else None,
+                    None if each.peak_bytes is None else each.peak_bytes / 1e6,
+                    None if each.workspace_bytes is None else each.workspace_bytes / 1e6, each.error[0] if each.error else None,
+                    each.ours, each.reason or "", ", ".join(f"{name} {value}" for name, value in each.shape.items()),
+                ]
+            )  # fmt: skip
+    sections = []
+    for path, run in runs:
+        images = "".join(
+            f'<figure><figcaption>{html.escape(title)}</figcaption><img alt="{html.escape(title)}" '
+            f'src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"></figure>'
+            for title, picture in pictures[run.device].items()
+        )
+        lines = "".join(f"<p>{html.escape(line)}</p>" for line in _heading(run))
+        sections.append(f"<section><h2>{html.escape(run.device)}</h2>{lines}<p>From {html.escape(path.name)}.</p>{images}</section>")
+    content = json.dumps(data).replace("</", "<\\/")
+    return PAGE.replace("@SECTIONS@", "\n".join(sections)).replace("@DATA@", content)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Benchmarks of tubelet</title>
+<style>
+:root { color-scheme: light dark; --line: #8884; --ours: #2563eb; --bad: #b91c1c; }
+body { font: 14px/1.45 system-ui, sans-serif; max-width: 1400px; margin: 2rem auto; padding: 0 1rem; }
+section p { margin: .2rem 0; } figure { margin: 1rem 0; } figcaption { font-weight: 600; } img { max-width: 100%; background: #fff; }
+.controls { display: flex; flex-wrap: wrap; gap: .6rem 1rem; margin: 1rem 0; align-items: center; }
+input[type=search] { min-width: 18rem; padding: .3rem .5rem; font: inherit; } select { font: inherit; padding: .25rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: left; }
+td.n, th.n { text-align: right; white-space: nowrap; }
+th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus-visible { outline: 2px solid var(--ours); }
+th[aria-sort=ascending] button::after { content: " \\2191"; } th[aria-sort=descending] button::after { content: " \\2193"; }
+tr.ours td:nth-child(4) { color: var(--ours); font-weight: 600; } tr.bad td:nth-child(5) { color: var(--bad); }
+</style></head><body>
+<h1>Benchmarks of tubelet</h1>
+<p>Times are medians; the spread is between the quartiles. "Floor" is the least time that the copy bandwidth and the matrix product rate of
+the same run allow. "Against the best peer" above 1 is faster than it. What each figure means in detail is told in bench/README.md.</p>
+<h2>All measurements</h2>
+<div class="controls"><label>Filter <input type="search" id="words" placeholder="words, all of which must be there"></label>
+<label>Device <select id="device"><option value="">all</option></select></label>
+<label>Op <select id="op"><option value="">all</option></select></label>
+<label><input type="checkbox" id="ours"> tubelet alone</label> <label><input type="checkbox" id="timed" checked> timed alone</label>
+<span id="count" role="status"></span></div>
+<div class="scroll"><table><thead><tr></tr></thead><tbody></tbody></table></div>
+@SECTIONS@
+<script>
+const data = @DATA@;
+const names = ["device", "op", "case", "implementation", "status", "ms", "spread, %", "in a graph, ms", "TFLOP/s", "GB/s",
+  "of the floor, %", "against the best peer", "peak MB", "workspace MB", "error"];
+const OURS = 15, REASON = 16, SHAPE = 17, $ = (id) => document.getElementById(id);
+let by = null, down = false;
+const head = document.querySelector("thead tr"), body = document.querySelector("tbody");
+names.forEach((name, i) => {
+  const th = document.createElement("th"), button = document.createElement("button");
+  button.textContent = name; button.type = "button"; th.append(button); if (i > 4) th.className = "n";
+  button.onclick = () => { down = by === i ? !down : false; by = i; show(); };
+  head.append(th);
+});
+for (const [id, column] of [["device", 0], ["op", 1]])
+  for (const value of new Set(data.map((row) => row[column]))) $(id).append(new Option(value, value));
+function show() {
+  const words = $("words").value.toLowerCase().split(/\\s+/).filter(Boolean);
+  let rows = data.filter((row) => (!$("device").value || row[0] === $("device").value) && (!$("op").value || row[1] === $("op").value)
+    && (!$("ours").checked || row[OURS]) && (!$("timed").checked || row[4] === "ok")
+    && words.every((word) => [...row.slice(0, 5), row[REASON], row[SHAPE]].join(" ").toLowerCase().includes(word)));
+  if (by !== null) rows = rows.slice().sort((a, b) => {
+    const x = a[by], y = b[by];
+    if (x === null || y === null) return (x === null) - (y === null);
+    const order = typeof x === "number" ? x - y : x.localeCompare(y);
+    return down ? -order : order;
+  });
+  [...head.children].forEach((th, i) =>
+    i === by ? th.setAttribute("aria-sort", down ? "descending" : "ascending") : th.removeAttribute("aria-sort"));
+  body.replaceChildren(...rows.map((row) => {
+    const tr = document.createElement("tr");
+    tr.className = (row[OURS] ? "ours " : "") + (row[4] !== "ok" ? "bad" : "");
+    tr.title = [row[SHAPE], row[REASON]].filter(Boolean).join("\\n");
+    names.forEach((_, i) => {
+      const td = document.createElement("td"), value = row[i];
+      td.textContent = value === null ? "" : typeof value !== "number" ? value
+        : i === 14 ? value.toExponential(1) : Number(value.toPrecision(4));
+      if (i > 4) td.className = "n"; tr.append(td);
+    });
+    return tr;
+  }));
+  $("count").textContent = rows.length + " of " + data.length;
+}
+for (const id of ["words", "device", "op", "ours", "timed"]) $(id).oninput = show;
+show();
+</script></body></html>
+"""

@@ -1,0 +1,340 @@
+"""A run: the cases one after another in a process of their own, results written as they come.
+
+What is measured runs in a worker process. If a peer takes it down, by a crash, an error that leaves the GPU unusable or a call that does
+not return, the failure is put down to that implementation and a new worker goes on behind it.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from . import record
+from .record import Ceilings, Measurement, Run
+
+SECONDS = {"quick": 0.06, "default": 0.2, "full": 0.4}
+"""Of timing for each implementation of a case."""
+LIMITS = {"quick": 30.0, "default": 60.0, "full": 150.0}
+"""Seconds for each, compiling included."""
+BUDGETS = {"quick": 90.0, "default": 480.0, "full": None}
+"""Seconds for a run; cases that would begin later are left out."""
+GRACE = 15.0
+"""Seconds after its limit after which a worker that does not answer is ended."""
+START = 180.0
+"""Seconds in which a worker has to start and to measure the ceilings."""
+
+
+@dataclass
+class Progress:
+    """What is told while a run goes on: implementations done, the last one done, and whether the case is new; `left` is a guess in
+    seconds.
+    """
+
+    case: str = ""
+    implementation: str = ""
+    done: int = 0
+    total: int = 0
+    left: float | None = None
+    finished: Measurement | None = None
+
+
+@dataclass
+class Plan:
+    """What a run is to do. extra: modules to import in the worker, which add cases to `suite.MODULES` (for tests and plug-ins)."""
+
+    device: str
+    level: str = "default"
+    only: Sequence[str] = ()
+    seconds: float | None = None
+    limit: float | None = None
+    budget: float | None = None
+    extra: Sequence[str] = field(default=())
+
+    def __post_init__(self):
+        self.seconds = SECONDS[self.level] if self.seconds is None else self.seconds
+        self.limit = LIMITS[self.level] if self.limit is None else self.limit
+        self.budget = BUDGETS[self.level] if self.budget is None else self.budget
+
+
+def cases_of(plan: Plan) -> list:
+    """Raises ValueError for a word of `only` that fits no case."""
+    import importlib
+
+    from . import suite
+
+    for name in plan.extra:
+        module = importlib.import_module(name)
+        if module not in suite.MODULES:
+            suite.MODULES += (module,)
+    return suite.select(plan.device, plan.level, plan.only)
+
+
+def device_name(kind: str) -> str:
+    """Of the GPU, or of the processor."""
+    if kind == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    name, number = platform.processor() or platform.machine(), threads()
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = found[1].strip() if found else name
+    return f"CPU {name}, {number} thread{'s' if number > 1 else ''}"
+
+
+def threads() -> int:
+    """Of the CPU that torch uses; OMP_NUM_THREADS says how many."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def run(plan: Plan, out: Path, tell: Callable[[Progress], None] = lambda progress: None) -> tuple[Path, Run]:
+    """Measure, and write to a new file in the folder `out`, also if it is interrupted (KeyboardInterrupt is raised on). The path and the
+    run.
+    """
+    cases = cases_of(plan)
+    result = record.begin(device_name(plan.device), plan.device, plan.level)
+    result.host["threads"] = threads()
+    path = record.path_of(result, out)
+    record.write(result, path)
+    clocks, worker = Clocks(plan.device), None
+    start, done, broken_starts = time.monotonic(), set(), 0
+    progress, counts = Progress(total=len(cases)), _Counts(len(cases))
+    log = path.with_suffix(".log")
+
+    def add(measurement: Measurement) -> None:
+        done.add(measurement.key)
+        result.measurements.append(record.plain(measurement))
+        record.write(result, path)
+        progress.finished = measurement
+        tell(progress)
+        progress.finished = None
+
+    try:
+        while True:
+            worker = _Worker(plan, done, result.ceilings if result.ceilings.copy else None, log)
+            state = worker.follow(plan, progress, counts, add, result, lambda: record.write(result, path), tell, start)
+            worker.end()
+            if state == "end":
+                result.complete = True
+                break
+            if state == "budget":
+                break
+            if state != "started":  # it died, or was ended, before it measured anything
+                broken_starts += 1
+                if broken_starts >= 3:
+                    raise RuntimeError(f"the benchmark's worker process does not start: {state}; see {log}")
+            else:
+                broken_starts = 0
+    finally:
+        if worker is not None:
+            worker.end()
+        result.clocks = clocks.stop()
+        record.write(result, path)
+        with contextlib.suppress(OSError):
+            if log.exists() and log.stat().st_size == 0:
+                log.unlink()
+    return path, result
+
+
+class _Counts:
+    """How far a run is, and from that how long it will take."""
+
+    def __init__(self, cases: int):
+        self.cases, self.finished = cases, 0
+
+    def left(self, spent: float) -> float | None:
+        return spent / self.finished * (self.cases - self.finished) if self.finished else None
+
+
+class _Worker:
+    """A process that measures, seen from the one that writes results."""
+
+    def __init__(self, plan: Plan, done: set, ceilings: Ceilings | None, log: Path):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(
+            target=serve, args=(theirs, plan, done, ceilings, str(log))
+        )  # no daemon: compilers start processes of their own
+        self.process.start()
+        theirs.close()
+        self.log = log
+
+    def follow(self, plan, progress, counts, add, result, save, tell, start) -> str:
+        """Take what it says until it ends. "end"; "budget", if the time of the run is over; "started" if another worker is to go on; else
+        why this one did not get anywhere.
+        """
+        current, deadline, state = None, time.monotonic() + START, "it said nothing"
+        while True:
+            message = self._next(deadline)
+            spent = time.monotonic() - start
+            if message is None:
+                dead = not self.process.is_alive()
+                why = f"the process ended with code {self.process.exitcode}" if dead else "took too long, and did not stop"
+                if current is None:
+                    return f"{why}: {_tail(self.log)}" if state != "started" else state
+                status = "failed" if dead else "timed out"
+                add(replace(current, status=status, reason=f"{why}: {_tail(self.log)}"))
+                return "started"
+            kind, *content = message
+            if kind == "ceilings":
+                result.ceilings = content[0]
+                save()
+                deadline = time.monotonic() + START
+            elif kind == "case":
+                progress.case, counts.finished = content[0], content[1]
+                progress.done, progress.left = counts.finished, counts.left(spent)
+                if plan.budget is not None and spent > plan.budget:
+                    return "budget"
+                deadline, current = time.monotonic() + plan.limit + GRACE, content[2]
+                tell(progress)
+            elif kind == "start":
+                current, progress.implementation, state = content[0], content[0].implementation, "started"
+                deadline = time.monotonic() + plan.limit + GRACE
+                tell(progress)
+            elif kind == "result":
+                add(content[0])
+                current = None
+                deadline = time.monotonic() + plan.limit + GRACE
+            elif kind == "broken":
+                return "started"
+            elif kind == "end":
+                progress.done = counts.cases
+                tell(progress)
+                return "end"
+            elif kind == "error":
+                return content[0]
+
+    def _next(self, deadline: float) -> Any:
+        """The next message; None if there will be none, or not in time."""
+        while time.monotonic() < deadline:
+            try:
+                if self.connection.poll(0.2):
+                    return self.connection.recv()
+            except (EOFError, OSError):
+                self.process.join(5)
+                return None
+        return None
+
+    def end(self) -> None:
+        """Whatever it is doing."""
+        if self.process.is_alive():
+            self.process.terminate()
+            self.process.join(3)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join(5)
+        self.connection.close()
+
+
+def serve(connection, plan: Plan, done: set, ceilings: Ceilings | None, log: str) -> None:
+    """The worker: what it and its libraries print goes to the log."""
+    with open(log, "a", buffering=1) as file:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(file.fileno(), stream.fileno())
+        sys.stdout = sys.stderr = file
+        try:
+            _serve(connection, plan, done, ceilings)
+        except (BrokenPipeError, KeyboardInterrupt):
+            pass
+        except BaseException as error:
+            traceback.print_exc()
+            with contextlib.suppress(Exception):
+                connection.send(("error", f"{type(error).__name__}: {error}"))
+
+
+def _serve(connection, plan: Plan, done: set, ceilings: Ceilings | None) -> None:
+    import logging
+    import warnings
+
+    import torch
+
+    from . import roofline, suite
+    from .harness import Bench, Settings
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    settings = Settings(torch.device(plan.device), seconds=plan.seconds, limit=plan.limit, level=suite.LEVELS.index(plan.level))
+    if ceilings is None:
+        connection.send(("ceilings", roofline.measure(settings)))
+    bench = Bench(settings)
+    for number, case in enumerate(cases_of(plan)):
+        blank = Measurement(case.op, case.name, "", "failed", shape=case.shape, series=case.series)
+        if blank.key in done:
+            continue
+        connection.send(("case", case.id, number, blank))
+
+        def on_start(name: str, blank=blank) -> None:
+            connection.send(("start", replace(blank, implementation=name)))
+
+        def skip(name: str, case=case) -> bool:
+            return (case.op, case.name, name) in done
+
+        for measurement in bench.measure(case, skip, on_start):
+            connection.send(("result", measurement))
+            if measurement.reason and measurement.status not in ("missing", "unsupported") and bench.broken():
+                connection.send(("broken",))
+                return
+        with contextlib.suppress(Exception):
+            torch._dynamo.reset()
+    connection.send(("end",))
+
+
+def _tail(log: Path, size: int = 300) -> str:
+    with contextlib.suppress(OSError):
+        return " ".join(log.read_text(errors="replace")[-size:].split())
+    return ""
+
+
+class Clocks:
+    """What a GPU's clocks are while a run goes on, from nvidia-smi; nothing where there is none."""
+
+    FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+
+    def __init__(self, kind: str):
+        self.process = None
+        if kind != "cuda":
+            return
+        command = ["nvidia-smi", f"--query-gpu={','.join(self.FIELDS)}", "--format=csv,noheader,nounits", "-lms", "500", "-i", _index()]
+        try:
+            self.file = tempfile.TemporaryFile("w+")  # noqa: SIM115, it is open as long as the process runs
+            self.process = subprocess.Popen(command, stdout=self.file, stderr=subprocess.DEVNULL)
+        except OSError:
+            return
+
+    def stop(self) -> dict[str, Any] | None:
+        """field -> [lowest, median, highest], of half-second samples."""
+        if self.process is None:
+            return None
+        process, self.process = self.process, None
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        self.file.seek(0)
+        columns: list[list[float]] = [[] for _ in self.FIELDS]
+        for line in self.file.read().splitlines():
+            for column, value in zip(columns, line.split(","), strict=False):
+                with contextlib.suppress(ValueError):
+                    column.append(float(value))
+        self.file.close()
+        return {
+            name: [min(column), statistics.median(column), max(column)] for name, column in zip(self.FIELDS, columns, strict=True) if column
+        } or None
+
+
+def _index() -> str:
+    """Of the GPU that torch calls the first."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip() or "0"

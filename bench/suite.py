@@ -1,0 +1,35 @@
+"""All cases, in the order in which they run: what tells most comes first, since a run may be interrupted."""
+
+from collections.abc import Sequence
+from itertools import chain
+
+from . import attention, block, fp8, graphs, guidance, norms, packing, patch_embed, rotary, sampling, temporal
+from .harness import Case
+
+LEVELS = ("quick", "default", "full")
+MODULES = (temporal, attention, norms, rotary, patch_embed, fp8, guidance, block, graphs, packing, sampling)
+
+
+def every() -> list[Case]:
+    """Raises ValueError if two have one name."""
+    found = list(chain.from_iterable(module.cases() for module in MODULES))
+    seen = set()
+    for case in found:
+        for device in case.devices:
+            if (device, case.id) in seen:
+                raise ValueError(f"two cases have the name {case.id!r}")
+            seen.add((device, case.id))
+    return found
+
+
+def select(device: str, level: str, only: Sequence[str] = ()) -> list[Case]:
+    """Those of a kind of device and of a level and those below, whose op or name contains one of `only`, if that is given. Those of the
+    lower level come first. Raises ValueError if a word of `only` fits none.
+    """
+    cases = [case for case in every() if device in case.devices and case.level <= LEVELS.index(level)]
+    for word in only:
+        if not any(word.lower() in case.id.lower() for case in cases):
+            ops = ", ".join(dict.fromkeys(case.op for case in cases))
+            raise ValueError(f"--only: no case has {word!r} in its name; the ops are {ops}")
+    chosen = [case for case in cases if not only or any(word.lower() in case.id.lower() for word in only)]
+    return sorted(chosen, key=lambda case: case.level)

@@ -1,0 +1,356 @@
+"""The benchmarks' harness: what is wrong is caught and not timed, what is right is timed right, no failure is another's, and the quick
+suite.
+"""
+
+import importlib
+import math
+import os
+import signal
+import time
+import types
+
+import pytest
+import torch
+from tubelet.bench import attention, peers, record, run, suite
+from tubelet.bench.harness import QUICK, Bench, Case, Implementation, Problem, Settings, Tolerance, Unsupported, relative_error
+from tubelet.bench.sequences import groups, reference
+from tubelet.kernels import FrameCausal, Full, Spatial, Temporal, VideoLayout
+from tubelet.kernels.attention.reference import attention_reference
+
+CPU = torch.device("cpu")
+
+
+def problem_of(**implementations) -> Problem:
+    """Twice the input, by functions of it."""
+    return Problem(
+        make=lambda seed: torch.randn(64, 8, generator=torch.Generator().manual_seed(seed)),
+        implementations=[
+            each if isinstance(each, Implementation) else Implementation(name, lambda x, each=each: lambda: each(x))
+            for name, each in implementations.items()
+        ],
+        reference=lambda x: 2 * x.double(),
+        dtype=torch.float32,
+        flops=512,
+        bytes=4096,
+    )
+
+
+def measure(problem: Problem | None, **settings):
+    """name -> Measurement."""
+
+    def make(device):
+        if problem is None:
+            raise RuntimeError("no such device")
+        return problem
+
+    bench = Bench(Settings(CPU, **{"seconds": 0.02} | settings))
+    return {each.implementation: each for each in bench.measure(Case("op", "case", {"dtype": "float32"}, make))}
+
+
+def one_wrong(x):
+    out = 2 * x
+    out[17, 3] += 0.5
+    return out
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda x: 2.01 * x,
+        one_wrong,
+        lambda x: (2 * x)[:-1],
+        lambda x: torch.where(torch.arange(64)[:, None] == 5, math.nan, 2 * x),
+        lambda x: (2 * x, 2 * x),
+        lambda x: torch.full_like(x, math.inf),
+    ],
+)
+def test_a_wrong_result_is_not_timed(wrong):
+    calls = []
+
+    def counted(x):
+        calls.append(1)
+        return wrong(x)
+
+    found = measure(problem_of(right=lambda x: x + x, wrong=counted))
+    assert found["right"].status == "ok" and found["right"].ms > 0
+    assert found["wrong"].status == "wrong" and "relative error" in found["wrong"].reason
+    assert found["wrong"].ms is found["wrong"].low is found["wrong"].graph_ms is None and len(calls) == 1
+
+
+def test_only_a_part_that_is_compared_may_hide_nothing_that_is_not_finite():
+    def bad_elsewhere(x):
+        out = 2 * x
+        out[40] = math.nan
+        return out
+
+    problem = problem_of(bad=bad_elsewhere)
+    problem.part, problem.reference = (lambda out: out[:8]), lambda x: 2 * x.double()[:8]
+    assert measure(problem)["bad"].status == "wrong"
+
+
+def test_a_known_cost_is_timed_right():
+    def slow(x):
+        time.sleep(0.02)
+        return 2 * x
+
+    found = measure(problem_of(slow=slow), seconds=0.3)["slow"]
+    assert 19.9 < found.ms < 30 and found.low <= found.ms <= found.high and found.samples >= 5
+
+
+def test_building_is_not_timed_and_inputs_take_turns():
+    seen = []
+
+    def build(x):
+        time.sleep(0.05)
+        return lambda: seen.append(x.data_ptr()) or 2 * x
+
+    found = measure(problem_of(x=Implementation("x", build)))["x"]
+    assert found.ms < 40
+    assert len(set(seen[1:5])) == 2
+
+
+def test_failures_stay_where_they_are():
+    def fails(x):
+        raise RuntimeError("out\nof luck")
+
+    def cannot(x):
+        raise Unsupported("even sizes alone")
+
+    found = measure(
+        problem_of(
+            fails=fails,
+            absent=Implementation("absent", lambda x: lambda: x, needs=("no_such_module_at_all",)),
+            cannot=Implementation("cannot", cannot),
+            hangs=lambda x: time.sleep(30),
+            right=lambda x: 2 * x,
+        ),
+        limit=0.3,
+    )
+    assert {name: each.status for name, each in found.items()} == {
+        "fails": "failed", "absent": "missing", "cannot": "unsupported", "hangs": "timed out", "right": "ok",
+    }  # fmt: skip
+    assert found["fails"].reason == "RuntimeError: out of luck" and "fails" in found["fails"].where
+    assert "no_such_module_at_all" in found["absent"].reason and found["cannot"].reason == "even sizes alone"
+
+
+def test_a_case_that_cannot_be_made_is_told_of():
+    (found,) = measure(None).values()
+    assert found.status == "failed" and "no such device" in found.reason
+
+
+def test_relative_error_of_more_or_other_tensors_is_infinite():
+    x = torch.ones(3)
+    assert relative_error([x, x], [x]).norm == math.inf and relative_error(x, torch.ones(4)).norm == math.inf
+    assert relative_error({"a": x}, x) == Tolerance(0, 0)
+
+
+GRIDS = [(3, 2, 3), (3, 2, 3), (2, 3, 3), (1, 2, 3), (5, 1, 2)]
+MASKS = [Full(), Spatial(), Temporal(causal=True), Temporal(causal=False), Temporal(window=2), FrameCausal(),
+         FrameCausal(chunk=2, window=2),
+         FrameCausal(chunk=2, window=1, sink=1)]  # fmt: skip
+
+
+def inputs(tokens: int, keys: int | None = None):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(tokens, 4, 8, generator=generator)
+    return q, *torch.randn(2, keys or tokens, 4, 8, generator=generator).unbind(0), torch.randn(q.shape, generator=generator)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_the_reference_is_that_of_the_kernels(mask):
+    layout = VideoLayout.pack(GRIDS)
+    q, k, v, do = inputs(layout.tokens)
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    out, _ = attention_reference(*wide, layout, mask, layout, 8**-0.5)
+    parts = groups(GRIDS, mask)
+    torch.testing.assert_close(reference(q, k, v, parts, mask, [0, 3])[0], out[:, [0, 3]])
+    expected = torch.autograd.grad(out, wide, do.double())
+    for found, right in zip(reference(q, k, v, parts, mask, [0, 3], do), expected, strict=True):
+        torch.testing.assert_close(found, right[:, [0, 3]])
+
+
+def test_the_reference_of_cross_attention():
+    layout, text = VideoLayout.pack(GRIDS), VideoLayout.segments([3, 3, 5, 1, 7])
+    q, k, v, _ = inputs(layout.tokens, text.tokens)
+    out, _ = attention_reference(q.double(), k.double(), v.double(), layout, Full(), text, 8**-0.5)
+    torch.testing.assert_close(reference(q, k, v, groups(GRIDS, Full(), [3, 3, 5, 1, 7]), Full(), range(4))[0], out)
+
+
+def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+    """What flash_attn_varlen_func is to do."""
+    out = torch.empty_like(q)
+    for a, b, c, d in zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:], strict=True):
+        parts = (x[i:j].transpose(0, 1) for x, i, j in ((q, a, b), (k, c, d), (v, c, d)))
+        out[a:b] = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=causal).transpose(0, 1)
+    return out
+
+
+class BlockDiagonal:
+    """What xFormers' mask of that name is to hold."""
+
+    def __init__(self, queries, keys, causal=False):
+        self.queries, self.keys, self.causal = queries, keys, causal
+
+    @classmethod
+    def from_seqlens(cls, queries, keys, device):
+        return cls(queries, keys)
+
+    def make_causal(self):
+        return BlockDiagonal(self.queries, self.keys, True)
+
+
+def efficient(q, k, v, attn_bias):
+    starts = [torch.tensor([0, *each]).cumsum(0) for each in (attn_bias.queries, attn_bias.keys)]
+    return varlen(q[0], k[0], v[0], *starts, 0, 0, attn_bias.causal)[None]
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """Stand-ins for those that are not installed here; FlexAttention uncompiled."""
+    flash = types.SimpleNamespace(flash_attn_varlen_func=varlen)
+    fmha = types.SimpleNamespace(attn_bias=types.SimpleNamespace(BlockDiagonalMask=BlockDiagonal))
+    ops = types.SimpleNamespace(fmha=fmha, memory_efficient_attention=efficient)
+    sage = types.SimpleNamespace(
+        sageattn=lambda q, k, v, tensor_layout, is_causal: peers.F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+    )
+    stand_ins = {"flash_attn": flash, "flash_attn_interface": flash, "flash_attn.cute": flash, "xformers.ops": ops, "sageattention": sage}
+    real = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda name, package=None: stand_ins.get(name) or real(name, package))
+    monkeypatch.setattr(peers, "compile_", lambda function, **options: function)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("peer", [peer for peer in peers.PEERS if "FLASH" not in peer.name], ids=lambda peer: peer.name)
+def test_peers_do_the_same(peer, libraries):
+    """All of them on all masks that they say they can do, in the shapes that they take."""
+    did = 0
+    for mask, text in [(mask, None) for mask in MASKS] + [(Full(), [3, 3, 5, 1, 7])]:
+        layout = VideoLayout.pack(GRIDS)
+        kv_layout = layout if text is None else VideoLayout.segments(text)
+        q, k, v, _ = inputs(layout.tokens, kv_layout.tokens)
+        parts = groups(GRIDS, mask, text)
+        setup = peers.Setup(parts, layout, kv_layout, mask, 4, 8, torch.float32)._replace(
+            head_dim=64 if peer.name == "SageAttention" else 8
+        )
+        try:
+            attend = peer.make(setup)
+            if peer.name.startswith("torch SDPA") and peer.gpu:
+                continue
+        except Unsupported:
+            continue
+        torch.testing.assert_close(attend(q, k, v).double(), reference(q, k, v, parts, mask, range(4))[0], rtol=1e-4, atol=1e-5)
+        did += 1
+    assert did or (peer.gpu and peer.name.startswith("torch SDPA"))
+
+
+def test_cases_have_names_of_their_own_and_every_level_more():
+    for device in ("cpu", "cuda"):
+        counts = [len(suite.select(device, level)) for level in suite.LEVELS]
+        assert counts[0] >= 10 and counts == sorted(counts)
+    with pytest.raises(ValueError, match="--only: no case has 'nonsense'"):
+        suite.select("cpu", "quick", ["nonsense"])
+    assert {case.op for case in suite.select("cuda", "full", ["temporal"])} == {"temporal", "length"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU `tubelet bench --quick` is the test")
+@pytest.mark.parametrize("case", suite.select("cpu", "quick"), ids=lambda case: case.id)
+def test_quick_suite(case):
+    for each in Bench(Settings(CPU, seconds=0.001, least=2)).measure(case):
+        assert each.status in ("ok", "missing"), each
+        assert each.flops is not None and each.bytes > 0 and each.shape["dtype"] == "float32"
+
+
+def crash(x):
+    os._exit(3)
+
+
+def block_signals(x):
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+    time.sleep(60)
+
+
+def cases() -> list[Case]:
+    """For the worker, which imports this file as a module that adds cases."""
+    problem = problem_of(crashes=crash, hangs=block_signals, tubelet=Implementation("tubelet", lambda x: lambda: 2 * x, ours=True))
+    after = problem_of(tubelet=Implementation("tubelet", lambda x: lambda: 2 * x, ours=True))
+    return [
+        Case("xyzzy", "first", {"dtype": "float32"}, lambda device: problem, QUICK, devices=("cpu",)),
+        Case("xyzzy", "second", {"dtype": "float32"}, lambda device: after, QUICK, devices=("cpu",)),
+    ]
+
+
+@pytest.fixture
+def plan(monkeypatch):
+    monkeypatch.setattr(run, "GRACE", 1.5)
+    monkeypatch.setattr(suite, "MODULES", suite.MODULES)
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    return run.Plan("cpu", "quick", ["xyzzy"], seconds=0.01, limit=1.0, extra=("test_bench",))
+
+
+def test_a_crash_or_a_hang_stops_no_other(plan, tmp_path):
+    path, result = run.run(plan, tmp_path)
+    found = {each.key[1:]: each for each in record.read(path).measurements}
+    assert {key: each.status for key, each in found.items()} == {
+        ("first", "crashes"): "failed",
+        ("first", "hangs"): "timed out",
+        ("first", "tubelet"): "ok",
+        ("second", "tubelet"): "ok",
+    }
+    assert "code 3" in found["first", "crashes"].reason
+    assert result.complete and result.ceilings.copy > 0 and result.ceilings.matmul["float32"] > 0
+
+
+def test_an_interrupted_run_keeps_what_it_measured(plan, tmp_path):
+    plan.only = ["xyzzy/second", "guided"]
+
+    def tell(progress):
+        if progress.finished is not None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run(plan, tmp_path, tell)
+    (path,) = tmp_path.glob("*.json")
+    result = record.read(path)
+    assert len(result.measurements) == 1 and result.measurements[0].status == "ok" and not result.complete
+
+
+@pytest.mark.gpu
+def test_events_time_a_copy():
+    x = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    settings = Settings(torch.device("cuda"))
+    bench = Bench(settings)
+    found = bench.stopwatch.time([lambda: y.copy_(x)]).median
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(20):
+        y.copy_(x)
+    stop.record()
+    torch.cuda.synchronize()
+    assert found == pytest.approx(start.elapsed_time(stop) / 20, rel=0.3)
+    peak, workspace = bench.stopwatch.memory(lambda: x + 1)
+    assert peak >= 1 << 28 and workspace == 0
+
+
+@pytest.mark.gpu
+def test_a_short_call_is_timed_in_a_graph():
+    problem = problem_of(short=lambda x: 2 * x)
+    problem.make = lambda seed: torch.randn(64, 8, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
+    (found,) = Bench(Settings(torch.device("cuda"))).measure(Case("op", "case", {}, lambda device: problem))
+    assert found.status == "ok" and found.graph_ms < found.ms
+
+
+def test_attention_of_one_head_alone_wrong_is_caught(monkeypatch):
+    """Compared are the first and the last head, and finiteness of all."""
+    real = attention.attention
+
+    def wrong(q, k, v, *rest, **options):
+        out = real(q, k, v, *rest, **options).clone()
+        out[:, -1] *= 1.1
+        return out
+
+    monkeypatch.setattr(attention, "attention", wrong)
+    case = attention.Shape([(2, 4, 4)], 4, 16, Full()).case("op", "case", devices=("cpu",))
+    found = {each.implementation: each.status for each in Bench(Settings(CPU, seconds=0.001)).measure(case)}
+    assert found["tubelet"] == "wrong" and found["torch SDPA"] == "ok"
