@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from test_attention import EVERY_THIRD, LAYOUTS, definition, fused_by_part, leaves, randn
 from tolerance import assert_close
 from tubelet.engine import DiTConfig, VideoDiT
-from tubelet.kernels import Capacity, Temporal, VideoLayout, attention, dispatch, engaged, reset_engaged
+from tubelet.kernels import Capacity, NormRope, Temporal, VideoLayout, attention, dispatch, engaged, reset_engaged, rotary_table
+from tubelet.kernels.rotary import norm_rope_reference
 
 temporal = pytest.importorskip("tubelet.kernels.attention.temporal", reason="triton is not installed")
 schedule = pytest.importorskip("tubelet.kernels.attention.schedule")
@@ -165,6 +166,31 @@ def test_no_pack_overflows_a_capacity_that_it_fills(grids, text, block, longest)
 def test_the_block_kernel_serves_any_length(name, mask, monkeypatch):
     monkeypatch.setattr(temporal, "sizes", lambda *limits, **options: ())
     check(pack(**LAYOUTS[name]), mask)
+
+
+@pytest.mark.parametrize(
+    ("dim", "pairs", "interleaved", "norm", "text"),
+    [(64, 20, True, "rms", None), (48, 24, True, "layer", None), (72, 36, True, None, [3, 0, 1]), (32, 16, False, "rms", [2, 1, 0])],
+)
+def test_norm_and_rope_on_load(dim, pairs, interleaved, norm, text):
+    """Of short clips, single frames, clips that the block kernels serve, and text; gradients of the weights too."""
+    layout = pack([(5, 2, 2), (1, 1, 2), (70, 1, 1)], text=text)
+    qkv = leaves(*qkv_of(layout, heads=4, kv_heads=2, dim=dim))
+    weights = [(0.5 + torch.rand(dim, device=DEVICE)).requires_grad_() for _ in range(2)] if norm else [None, None]
+    cos, sin = rotary_table(layout.positions[:, :1], (2 * pairs,), theta=100.0)
+    how = NormRope(*weights, cos, sin, norm, interleaved=interleaved)
+    exact = leaves(*qkv, dtype=torch.float64)
+    exact_weights = [w if w is None else w.detach().double().requires_grad_() for w in weights]
+    rotated = (norm_rope_reference(x, w, cos, sin, norm, False, interleaved, 1e-6) for x, w in zip(exact, exact_weights, strict=False))
+    wanted = definition(*rotated, exact[2], layout, Temporal(), None)
+    out = attention(*qkv, layout, Temporal(), norm_rope=how, implementation="triton")
+    assert_close(out, wanted.detach(), torch.float32)
+    direction = randn(*out.shape, dtype=torch.float32, seed=9).to(DEVICE)
+    out.backward(direction)
+    wanted.backward(direction.double())
+    for ours, theirs in zip([*qkv, *weights], [*exact, *exact_weights], strict=True):
+        if ours is not None:
+            assert_close(ours.grad, theirs.grad, torch.float32)
 
 
 def kernels_of(call):
