@@ -2,7 +2,8 @@
 
 from .attention import attention, merge_attention
 from .dispatch import Engagement, engaged, reset_engaged
-from .fp8 import quantize_rows
+from .fp8 import fp8_linear, gelu_quantize_rows, quantize_rows
+from .group_norm import group_norm_silu
 from .guidance import guided_step
 from .layout import Capacity, ClipSpan, VideoLayout
 from .masks import Coordinates, FrameCausal, Full, Mask, Spatial, Temporal
@@ -26,8 +27,11 @@ __all__ = [
     "attention",
     "engaged",
     "final_layer",
+    "fp8_linear",
     "gated_residual",
+    "gelu_quantize_rows",
     "grid_of",
+    "group_norm_silu",
     "guided_step",
     "merge_attention",
     "modulated_norm",

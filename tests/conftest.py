@@ -1,5 +1,6 @@
 """Without a GPU, Triton's kernels run in its interpreter, and what needs a GPU is skipped."""
 
+import importlib.util
 import os
 
 import pytest
@@ -14,3 +15,38 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def right_conversions():
+    """Triton's interpreter (3.7.1) cuts float32 to bfloat16 instead of rounding it, rounds to E4M3 wrongly, takes its NaN for 480, and
+    rounds the product of a fused multiplication and addition. Here it does as the GPU.
+    """
+    if importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+    narrow = {tl.bfloat16: (torch.bfloat16, torch.uint16), tl.float8e4nv: (torch.float8_e4m3fn, torch.uint8)}
+
+    def convert_rightly(x, source, target, rounding_mode):
+        if source == tl.float8e4nv:
+            bits = target.primitive_bitwidth
+            return torch.from_numpy(np.array(x)).view(torch.float8_e4m3fn).float().numpy().astype(f"float{bits}").view(f"uint{bits}")
+        if source == tl.float32 and target in narrow:
+            dtype, bits = narrow[target]
+            x = torch.from_numpy(np.array(x))
+            return (x.clamp(-448, 448) if dtype == torch.float8_e4m3fn else x).to(dtype).view(bits).numpy()
+        return convert(x, source, target, rounding_mode)
+
+    def create_fma(self, x, y, z):
+        a, b, c = (each.data.astype(np.float64) for each in (x, y, z))
+        return interpreter.TensorHandle((a * b + c).astype(z.data.dtype), z.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", convert_rightly)
+        patch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
+        yield

@@ -1,6 +1,5 @@
 """E4M3: rows against float64, and attention on them against its float64 definition on the numbers that they stand for."""
 
-import numpy as np
 import pytest
 import test_attention as attention_tests
 import torch
@@ -18,37 +17,13 @@ pytestmark = [
 ]
 
 try:
-    import triton.language as tl
-    from triton.runtime import interpreter
+    import triton  # noqa: F401
 
     IMPLEMENTATIONS = ["torch", "triton"]
 except ModuleNotFoundError:
     IMPLEMENTATIONS = ["torch"]
 
 ALLOWED = {"torch": None, "triton": FP8_WEIGHTS}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def right_conversions():
-    """Triton's interpreter (3.7.1) drops the carry of a mantissa that rounds up to the next power of two, so that 63.9 becomes 32 in E4M3,
-    and takes NaN for 480. Here it converts as torch and the GPU do.
-    """
-    if DEVICE == "cuda" or "triton" not in IMPLEMENTATIONS:
-        yield
-        return
-    convert = interpreter._convert_float
-
-    def convert_rightly(x, source, target, rounding_mode):
-        if source == tl.float8e4nv:
-            bits = target.primitive_bitwidth
-            return torch.from_numpy(np.array(x)).view(FP8).float().numpy().astype(f"float{bits}").view(f"uint{bits}")
-        if target == tl.float8e4nv:
-            return torch.from_numpy(np.array(x)).clamp(-448, 448).to(FP8).view(torch.uint8).numpy()
-        return convert(x, source, target, rounding_mode)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_convert_float", convert_rightly)
-        yield
 
 
 ROWS = st.tuples(

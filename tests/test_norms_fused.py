@@ -5,7 +5,6 @@ compiled on a GPU (-m gpu).
 from functools import partial
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,31 +30,6 @@ DTYPES = [torch.float32, *HALF]
 KINDS = ["layer", "rms"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def right_conversions():
-    """Triton's interpreter (3.7.1) cuts float32 to bfloat16 instead of rounding it, and rounds to E4M3 wrongly. Here it converts as torch
-    and the GPU do.
-    """
-    if DEVICE == "cuda":
-        yield
-        return
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-    narrow = {tl.bfloat16: (torch.bfloat16, torch.uint16), tl.float8e4nv: (FP8, torch.uint8)}
-
-    def convert_rightly(x, source, target, rounding_mode):
-        if source == tl.float32 and target in narrow:
-            dtype, bits = narrow[target]
-            x = torch.from_numpy(np.array(x))
-            return (x.clamp(-448, 448) if dtype == FP8 else x).to(dtype).view(bits).numpy()
-        return convert(x, source, target, rounding_mode)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_convert_float", convert_rightly)
-        yield
 
 
 def on_device(*shape, **options):

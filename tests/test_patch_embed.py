@@ -4,10 +4,22 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import TOLERANCE, assert_close
-from tubelet.kernels import Capacity, VideoLayout, grid_of, patch_embed, patchify, unpatchify
+from tubelet.kernels import (
+    Capacity,
+    Modulation,
+    VideoLayout,
+    engaged,
+    final_layer,
+    grid_of,
+    patch_embed,
+    patchify,
+    reset_engaged,
+    unpatchify,
+)
 
 IMPLEMENTATIONS = ["torch"]
 PATCHES = [(1, 2, 2), (2, 2, 2), (1, 1, 1), (3, 1, 4)]
@@ -41,6 +53,138 @@ def by_hand(clips, weight, bias, patch):
             reach = kernel[:, :, : block.shape[1], : block.shape[2], : block.shape[3]]
             tokens.append((reach * block).sum(dim=(1, 2, 3, 4)) + (0 if bias is None else bias))
     return torch.stack(tokens)
+
+
+def embedded_by_hand(source, weight, bias, patch, positions=None, layout=None, known=None, known_weight=None):
+    """What is added, and where tokens lie, token by token."""
+    packed = source @ weight.T + (0 if bias is None else bias) if isinstance(source, torch.Tensor) else by_hand(source, weight, bias, patch)
+    if layout is None:
+        rows = list(range(len(packed)))
+    else:
+        rows = [row for clip in layout.clips for row in range(clip.video_start, clip.video_stop)]
+        packed = packed[rows] if isinstance(source, torch.Tensor) else packed
+    tokens = [torch.zeros_like(packed[0])] * (len(rows) if layout is None else layout.tokens)
+    for row, token in zip(rows, packed, strict=True):
+        if isinstance(positions, torch.Tensor):
+            token = token + positions[row]
+        elif positions is not None:
+            for axis, table in enumerate(positions):
+                token = token + table[min(max(int(layout.positions[row, axis]), 0), len(table) - 1)]
+        if known is not None and known[row]:
+            token = token + known_weight
+        tokens[row] = token
+    return torch.stack(tokens)
+
+
+def norm_by_hand(x, norm, rows):
+    if norm is None:
+        return x
+    x = F.layer_norm(x, x.shape[1:], None, None, norm.eps) if norm.kind == "layer" else F.rms_norm(x, x.shape[1:], None, norm.eps)
+    x = x if norm.weight is None else x * norm.weight
+    x = x if norm.bias is None else x + norm.bias
+    x = x if norm.scale is None else x * (1 + norm.scale[rows.long()])
+    return x if norm.shift is None else x + norm.shift[rows.long()]
+
+
+def leaves(tree, dtype=None, device="cpu"):
+    """The tensors of a tree of tuples, lists and None, those of floating point as leaves; in their own dtype with their own strides."""
+    if isinstance(tree, torch.Tensor):
+        tree = tree.detach().to(device)
+        return tree.to(dtype or tree.dtype).requires_grad_() if tree.is_floating_point() else tree
+    if isinstance(tree, list | tuple):
+        parts = [leaves(x, dtype, device) for x in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    return tree
+
+
+def tensors_of(tree):
+    if isinstance(tree, torch.Tensor):
+        return [tree] if tree.is_floating_point() else []
+    return [x for each in tree for x in tensors_of(each)] if isinstance(tree, list | tuple) else []
+
+
+def joined(tensors):
+    """The elements of all: of a clip of three pixels alone, a bound on the relative error is a matter of luck."""
+    return torch.cat([x.flatten() for x in tensors])
+
+
+def compare(op, by_hand, inputs, dtype):
+    """Results and gradients of op(*inputs) against `by_hand` on the same numbers in float64."""
+    mine, exact = leaves(inputs), leaves(inputs, torch.float64)
+    out, wanted = op(*mine), by_hand(*exact)
+    out, wanted = (list(x) if isinstance(x, list | tuple) else [x] for x in (out, wanted))
+    assert [x.shape for x in out] == [x.shape for x in wanted]
+    assert_close(joined(out), joined(wanted), dtype)
+    directions = [randn(*x.shape, dtype=x.dtype, seed=90 + i).to(x.device) for i, x in enumerate(out)]
+    torch.autograd.backward(out, directions)
+    torch.autograd.backward(wanted, [direction.double() for direction in directions])
+    for x, x64 in zip(mine, exact, strict=True):
+        pairs = [(a, b) for a, b in zip(tensors_of(x), tensors_of(x64), strict=True) if b.grad is not None]
+        assert all(a.grad.dtype == a.dtype for a, _ in pairs)
+        if pairs:
+            assert_close(joined(a.grad for a, _ in pairs), joined(b.grad for _, b in pairs), pairs[0][0].dtype)
+
+
+def check_embed(implementation, patch=(1, 2, 2), sizes=SIZES, dtype=torch.float32, dim=10, positions=None, pack=None, known=False,
+                tokens=False, channels=3, tables=(4, 6, 7), device="cpu"):  # fmt: skip
+    """patch_embed, with `positions` "tables" or "each", in the layout that options of VideoLayout.pack make, of clips or of `tokens`."""
+    clips = [clip.to(device) for clip in clips_of(sizes, channels, dtype)]
+    layout = None if pack is None else layout_of(clips, patch, device=device, **pack)
+    width, count = channels * patch[0] * patch[1] * patch[2], len(patchify(clips, patch)) if layout is None else layout.tokens
+    made = iter(range(50, 99))
+
+    def draw(*shape):
+        return randn(*shape, dtype=dtype, seed=next(made)).to(device)
+
+    source = draw(count, width) if tokens else clips
+    tables = [draw(n, dim) for n in tables] if positions == "tables" else draw(count, dim) if positions else None
+    marks = (torch.arange(count) % 3 == 0).to(device) if known else None
+    inputs = (source, draw(dim, width), draw(dim), tables, draw(dim) if known else None)
+
+    def run(source, weight, bias, tables, known_weight):
+        added = {"positions": tables, "layout": layout, "known": marks, "known_weight": known_weight}
+        return patch_embed(source, weight, bias, patch=patch, implementation=implementation, **added)
+
+    compare(run, lambda s, w, b, p, k: embedded_by_hand(s, w, b, patch, p, layout, marks, k), inputs, dtype)
+
+
+TEXT = {"text": [3, 0, 2, 1]}
+ROOM = {"capacity": Capacity(6, 60, 400), "text": [0, 0, 0, 0]}
+FIRST = {"text": [2, 0, 1, 4], "text_first": True, "positions": [[2.7], [-3.0], [0, 1, 9, 3, 4], None]}
+
+
+def check_projection(implementation, patch=(1, 2, 2), sizes=SIZES, dtype=torch.float32, dim=24, kind="layer", pack=None, affine=False,
+                     table=True, channels=3, device="cpu", mean=0.0):  # fmt: skip
+    """unpatchify with a weight, and final_layer; no norm if kind is None."""
+    grids = [tuple(-(-side // p) for side, p in zip(size, patch, strict=True)) for size in sizes]
+    layout = VideoLayout.pack(grids, device=device, **pack or {})
+    width = channels * patch[0] * patch[1] * patch[2]
+    made = iter(range(50, 99))
+
+    def draw(*shape):
+        return randn(*shape, dtype=dtype, seed=next(made)).to(device)
+
+    rows = (torch.arange(layout.tokens, dtype=torch.int32) % 5 // 2 + 1).to(device) if kind and table else None
+    norm = None
+    if kind:
+        shift, scale = (draw(5, dim) if table else None for _ in range(2))
+        norm = Modulation(shift, scale, kind, draw(dim) if affine else None, draw(dim) if affine and kind == "layer" else None, 1e-5)
+    inputs = draw(layout.tokens, dim) + mean, draw(width, dim), draw(width), norm
+
+    def to_clips(x, weight, bias, norm):
+        given = {"weight": weight, "bias": bias, "norm": norm, "rows": rows, "implementation": implementation}
+        return unpatchify(x, layout, channels, patch, sizes=sizes, **given)
+
+    def by_hand(x, weight, bias, norm):
+        return unpatchify(norm_by_hand(x, norm, rows) @ weight.T + bias, layout, channels, patch, sizes=sizes)
+
+    compare(to_clips, by_hand, inputs, dtype)
+    compare(
+        lambda x, weight, bias, norm: final_layer(x, weight, bias, norm=norm, rows=rows, implementation=implementation),
+        lambda x, weight, bias, norm: norm_by_hand(x, norm, rows) @ weight.T + bias,
+        inputs,
+        dtype,
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,9 +321,60 @@ def test_a_poisoned_clip_leaves_its_neighbours_untouched(poison, implementation)
     assert torch.equal(clean[others], spoiled[others]) and not spoiled[~others].isfinite().any()
 
 
+@everywhere
+@every_dtype
+@pytest.mark.parametrize("tokens", [False, True], ids=["clips", "tokens"])
+@pytest.mark.parametrize("positions", ["tables", "each", None])
+def test_positions_and_known_tokens(positions, tokens, dtype, implementation):
+    for pack in (TEXT, ROOM, FIRST) if positions == "tables" else (None, FIRST):
+        check_embed(implementation, dtype=dtype, positions=positions, pack=pack, known=True, tokens=tokens)
+
+
+@everywhere
+@every_dtype
+@pytest.mark.parametrize("kind", ["layer", "rms", None])
+def test_projection(kind, dtype, implementation):
+    check_projection(implementation, dtype=dtype, kind=kind)
+    check_projection(implementation, dtype=dtype, kind=kind, patch=(2, 1, 4), pack=ROOM | TEXT, affine=True, table=False)
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "reference"])
+def test_the_dtype_of_the_product_and_of_the_tokens(implementation):
+    """That of the weight, of which autocast decides."""
+    tokens, weight, out_weight = randn(5, 12), randn(8, 12), randn(12, 8)
+    assert patch_embed(tokens, weight.bfloat16(), implementation=implementation).dtype == torch.bfloat16
+    x = patch_embed(tokens, weight.bfloat16(), dtype=torch.float32, implementation=implementation)
+    assert x.dtype == torch.float32
+    assert final_layer(x, out_weight.bfloat16(), norm=Modulation(None, None), implementation=implementation).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert patch_embed(tokens, weight, implementation=implementation).dtype == torch.bfloat16
+        assert patch_embed(tokens, weight, dtype=torch.float32, implementation=implementation).dtype == torch.float32
+        assert final_layer(x, out_weight, implementation=implementation).dtype == torch.bfloat16
+
+
+def test_projections_are_counted():
+    reset_engaged()
+    layout, tokens, weight = VideoLayout.pack([(1, 2, 2)]), torch.zeros(4, 8), torch.zeros(4, 8)
+    unpatchify(tokens[:, :4], layout, 1)  # nothing is computed
+    unpatchify(tokens, layout, 1, weight=weight)
+    final_layer(tokens, weight, implementation="reference")
+    assert {op: list(record) for op, record in engaged().items()} == {"unpatchify": ["torch"], "final_layer": ["reference"]}
+
+
 CLIPS = [torch.zeros(3, 2, 4, 4), torch.zeros(3, 1, 3, 5)]
 LAYOUT = layout_of(CLIPS, (1, 2, 2))
 TOKENS = torch.zeros(LAYOUT.tokens, 12)
+WEIGHT, KNOWN, BACK = torch.zeros(8, 12), torch.zeros(14, dtype=torch.bool), torch.zeros(12, 8)
+TABLES = [torch.zeros(n, 8) for n in (4, 2, 3)]
+WIDE, ROWS = torch.zeros(14, 8), torch.zeros(14, dtype=torch.int32)
+
+
+def embed(**options):
+    return patch_embed(CLIPS, WEIGHT, **options)
+
+
+def project(x=WIDE, weight=BACK, bias=None, **options):
+    return final_layer(x, weight, bias, **options)
 
 
 @pytest.mark.parametrize(
@@ -211,8 +406,58 @@ TOKENS = torch.zeros(LAYOUT.tokens, 12)
         ),
         (lambda: unpatchify(TOKENS, LAYOUT, 3, sizes=[(2, 4, -1), (1, 3, 5)]), r"sizes\[0\]: expected .* got \(2, 4, -1\)"),
         (lambda: unpatchify(TOKENS, LAYOUT, 3, sizes=[(2, 4), (1, 3, 5)]), r"sizes\[0\]: expected .* got \(2, 4\)"),
+        (
+            lambda: patchify([CLIPS[0], CLIPS[1].double()]),
+            r"clips\[1\]: expected torch.float32 on cpu as the first, got torch.float64 on cpu",
+        ),
+        (
+            lambda: patch_embed(TOKENS[0], WEIGHT),
+            r"clips: expected a sequence of clips, or tokens \(tokens, channels\), got a tensor \(12,\)",
+        ),
+        (lambda: patch_embed(TOKENS, WEIGHT[:, 1:]), r"weight: expected \(dim, 12\) for these tokens, got \(8, 11\)"),
+        (lambda: patch_embed(TOKENS[1:], WEIGHT, layout=LAYOUT), "clips: expected 14 tokens as in the layout, got 13"),
+        (lambda: embed(layout=3), "layout: expected a VideoLayout, got int"),
+        (
+            lambda: embed(layout=VideoLayout.pack([(14, 1, 1)])),
+            r"layout: expected the grids of the clips, .*\(2, 2, 2\).* got \[\(14, 1, 1\)\]",
+        ),
+        (lambda: embed(positions=WIDE[1:]), r"positions: expected \(14, 8\) or three tables, got \(13, 8\)"),
+        (
+            lambda: embed(positions=TABLES[:2], layout=LAYOUT),
+            r"positions: expected \(tokens, 8\) or three tables \(n, 8\) .*, got \[\(4, 8\), \(2, 8\)\]",
+        ),
+        (
+            lambda: embed(positions=TABLES),
+            "layout: expected a VideoLayout, which says where each token lies in the tables of positions, got None",
+        ),
+        (
+            lambda: embed(positions=[*TABLES[:2], TABLES[1]], layout=LAYOUT),
+            r"layout: expected sides of at most \(2, 2\) tokens, as the tables of positions, got a clip of \(1, 2, 3\)",
+        ),
+        (lambda: embed(known=KNOWN), "known: expected it and known_weight together, got one of them alone"),
+        (lambda: embed(known=KNOWN[1:], known_weight=WIDE[0]), r"known: expected bool \(14,\), got torch.bool \(13,\)"),
+        (lambda: embed(known=KNOWN.int(), known_weight=WIDE[0]), r"known: expected bool \(14,\), got torch.int32 \(14,\)"),
+        (lambda: embed(known=KNOWN, known_weight=TOKENS[0]), r"known_weight: expected \(8,\), got \(12,\)"),
+        (lambda: embed(bias=torch.zeros(8, device="meta")), "bias: expected a tensor on cpu as the weight, got meta"),
+        (lambda: embed(dtype=torch.int32), "dtype: expected a floating point dtype of 16 bits or more, got torch.int32"),
+        (lambda: unpatchify(TOKENS, LAYOUT, 3, norm=Modulation(None, None)), "norm: expected None without a weight, got Modulation"),
+        (lambda: unpatchify(WIDE[1:], LAYOUT, 3, weight=BACK), r"tokens: expected \(14, dim\), got \(13, 8\)"),
+        (
+            lambda: unpatchify(WIDE, LAYOUT, 2, weight=BACK),
+            r"weight: expected \(8, dim\) for 2 channels in patches of \(1, 2, 2\), got \(12, 8\)",
+        ),
+        (lambda: project(WIDE[0]), r"tokens: expected \(tokens, dim\) of a floating point dtype, got torch.float32 \(8,\)"),
+        (lambda: project(weight=WEIGHT), r"weight: expected \(channels, 8\), got \(8, 12\)"),
+        (lambda: project(bias=WIDE[0]), r"bias: expected \(12,\), got \(8,\)"),
+        (lambda: project(rows=ROWS), r"rows: expected None without a norm, got \(14,\)"),
+        (lambda: project(norm=Modulation(None, None, "group")), "norm: expected a kind of 'layer' or 'rms', got 'group'"),
+        (lambda: project(norm=Modulation(None, None, "rms", None, WIDE[0])), "norm: expected no bias, since an RMS norm has none"),
+        (lambda: project(norm=Modulation(None, None, "rms", TOKENS[0])), r"norm: expected a weight \(8,\), got \(12,\)"),
+        (lambda: project(norm=Modulation(TOKENS, None), rows=ROWS), r"norm: expected a shift \(rows, 8\), got \(14, 12\)"),
+        (lambda: project(norm=Modulation(WIDE, WIDE)), "rows: expected the table row of each token along with shift and scale, got None"),
+        (lambda: project(norm=Modulation(WIDE, WIDE), rows=ROWS[1:]), r"rows: expected int32 or int64 \(14,\), got torch.int32 \(13,\)"),
     ],
 )
 def test_refused(call, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         call()

@@ -253,7 +253,10 @@ Q, K, COS = torch.zeros(4, 2, 8), torch.zeros(4, 1, 8), torch.zeros(4, 3)
         (lambda: qk_norm_rope(Q, K, norm="batch"), "norm: expected 'rms', 'layer' or None, got 'batch'"),
         (lambda: qk_norm_rope(Q, K, None, None, COS), "cos, sin: expected both or neither"),
         (lambda: qk_norm_rope(Q[0], K), r"q: expected \(tokens, heads, head_dim\) .* got \(2, 8\)"),
-        (lambda: qk_norm_rope(Q, K[:3]), r"k: expected .* of q's tokens and head_dim, got \(3, 1, 8\) \(q is \(4, 2, 8\)\)"),
+        (
+            lambda: qk_norm_rope(Q, K[:3], None, None, COS, COS),
+            r"k: expected .* of q's tokens and head_dim, got \(3, 1, 8\) \(q is \(4, 2, 8\)\)",
+        ),
         (lambda: qk_norm_rope(Q, K[..., :6]), r"k: expected .* got \(4, 1, 6\)"),
         (lambda: qk_norm_rope(Q, K, torch.ones(16)), r"q_weight: expected \(8,\) and a norm, got shape \(16,\) with norm 'rms'"),
         (
@@ -261,8 +264,14 @@ Q, K, COS = torch.zeros(4, 2, 8), torch.zeros(4, 1, 8), torch.zeros(4, 3)
             r"k_weight: expected \(8,\) and a norm, got shape \(8,\) with norm None",
         ),
         (lambda: qk_norm_rope(Q, K, torch.ones(8), across_heads=True), r"q_weight: expected \(16,\) and a norm, got shape \(8,\)"),
-        (lambda: qk_norm_rope(Q, K, None, None, COS[:3], COS[:3]), r"cos: expected \(4, at most 4\), got \(3, 3\)"),
-        (lambda: qk_norm_rope(Q, K, None, None, COS, torch.zeros(4, 5)), r"sin: expected \(4, at most 4\), got \(4, 5\)"),
+        (
+            lambda: qk_norm_rope(Q, K, None, None, COS[:3], COS[:3]),
+            r"cos: expected \(4, at most 4\) or \(4, heads, the same\), got \(3, 3\)",
+        ),
+        (
+            lambda: qk_norm_rope(Q, K, None, None, COS, torch.zeros(4, 5)),
+            r"sin: expected \(4, at most 4\) or \(4, heads, the same\), got \(4, 5\)",
+        ),
         (lambda: qk_norm_rope(Q, K, None, None, COS, COS[:, :2]), r"sin: expected the shape of cos, \(4, 3\), got \(4, 2\)"),
     ],
 )

@@ -12,7 +12,7 @@ from ..dispatch import choose
 from ..fp8 import FP8, Scales
 from ..layout import VideoLayout
 from ..masks import Mask
-from ..rotary import NormRope, qk_norm_rope
+from ..rotary import NormRope, check_norm_rope, qk_norm_rope
 from .merge import merge_attention
 from .operator import implementations, operator, run
 
@@ -55,6 +55,8 @@ def attention(
     _check(q, k, v, layout, mask, kv_layout, scale, scales)
     if norm_rope is not None and (kv_layout is not layout or scales is not None):
         raise ValueError("norm_rope: expected with q and k of one layout, and without scales, since it is done before both")
+    if norm_rope is not None:
+        check_norm_rope(q, k, norm_rope)
     # Autograd and FLOP counters know what torch does; what it does not know, and what a graph should not look into, is an operator.
     triton = choose("attention", implementation, *implementations(q, return_lse)) == "triton"
     if norm_rope is not None and not (triton and _on_load(q, mask, norm_rope)):
@@ -77,7 +79,7 @@ def attention(
 
 def _on_load(q: torch.Tensor, mask: Mask, how: NormRope) -> bool:
     """Whether the Triton kernels that serve this mask do it where they read q and k."""
-    if not mask.same_site or how.across_heads:
+    if not mask.same_site or how.across_heads or how.axes is not None or how.q_bias is not None or how.k_bias is not None:
         return False
     if how.cos is None:
         return True

@@ -10,12 +10,18 @@ numbers (p, q, a, b, c) alone. A table of them with one row per request lets req
 share a pack.
 
 What fusing saves: op by op, each sum and product above writes a tensor as large as x, which the next one reads back. FLOPs: 11 per
-element. Bytes: x, cond, uncond and x0_prev are read once, x_next and x0 written once, so the step is bound by memory bandwidth.
+element. Bytes: x, cond, uncond and x0_prev are read once, x_next and x0 written once, so the step is bound by memory bandwidth: of 32,760
+tokens of 64 channels, x and both x0 in float32 and the model's outputs in bfloat16, 42 MB, 13 us at 3.35 TB/s. Only the torch
+implementation has gradients, and "auto" takes it where one is required.
 """
 
 import torch
 
-from .dispatch import select
+from ..dispatch import HAS_TRITON, choose, select, with_triton
+from .reference import guided_step_reference, guided_step_torch
+
+if HAS_TRITON:
+    from . import fused
 
 
 def guided_step(
@@ -44,12 +50,19 @@ def guided_step(
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device, combination or implementation.
     """
     _check(x, cond, uncond, x0_prev, coefficients, guidance, rows, known, out_dtype)
-    run = select(
-        "guided_step",
-        implementation,
-        {"torch": _guided_step_torch, "reference": guided_step_reference},
-        {"triton": "no Triton kernel for this op yet", "gluon": "no Gluon kernel for this op: it has no matrix product"},
-    )
+    out_dtype = out_dtype or x.dtype
+    available = {"torch": guided_step_torch, "reference": guided_step_reference}
+    if HAS_TRITON:
+        tables = [each for each in (coefficients, guidance) if isinstance(each, torch.Tensor)]
+        reason = fused.unavailable(tables, out_dtype, x=x, cond=cond, uncond=uncond, x0_prev=x0_prev)
+        available = with_triton(x, available, fused.guided_step, reason)
+    else:
+        available = with_triton(x, available)
+    if choose("guided_step", implementation, *available) == "triton":
+        if guidance is not None and not isinstance(guidance, torch.Tensor):
+            guidance = torch.ones((), dtype=torch.float32, device="cpu") * guidance  # of an operation torch.compile takes any number
+        return fused.guided_step(x, cond, uncond, x0_prev, coefficients, guidance, rows, known, out_dtype, implementation)
+    run = select("guided_step", implementation, *available)
     return run(x, cond, uncond, x0_prev, coefficients, guidance, rows, known, out_dtype)
 
 
@@ -109,47 +122,3 @@ def _check_place(name: str, value: torch.Tensor, shape: tuple[int, ...], x: torc
 
 def _describe(value) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, torch.Tensor) else repr(value)
-
-
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _per_token(coefficients, guidance, rows, dtype):
-    """(p, q, a, b, c) and g in the dtype of the computation, each broadcastable against (tokens, channels)."""
-    table = coefficients[rows] if coefficients.dim() == 2 else coefficients[None]
-    g = guidance[rows][:, None].to(dtype) if isinstance(guidance, torch.Tensor) else guidance
-    return table.to(dtype).split(1, dim=1), g
-
-
-def _guided_step_torch(x, cond, uncond, x0_prev, coefficients, guidance, rows, known, out_dtype):
-    dtype, out_dtype = _compute_dtype(x), out_dtype or x.dtype
-    (p, q, a, b, c), g = _per_token(coefficients, guidance, rows, dtype)
-    state, o = x.to(dtype), cond.to(dtype)
-    if uncond is not None:
-        o = torch.lerp(uncond.to(dtype), o, g)
-    x0 = torch.addcmul(p * state, q, o)
-    x_next = torch.addcmul(a * state, b, x0)
-    if x0_prev is not None:
-        x_next = torch.addcmul(x_next, c, x0_prev.to(dtype))
-    if known is not None:
-        x_next, x0 = (torch.where(known[:, None], state, value) for value in (x_next, x0))
-    return x_next.to(out_dtype), x0.to(out_dtype)
-
-
-def guided_step_reference(x, cond, uncond, x0_prev, coefficients, guidance=None, rows=None, known=None, out_dtype=None):
-    """The definition, as the equations at the head of this file read; arguments as in `guided_step`, unchecked."""
-    dtype, out_dtype = _compute_dtype(x), out_dtype or x.dtype
-    (p, q, a, b, c), g = _per_token(coefficients, guidance, rows, dtype)
-    x, o = x.to(dtype), cond.to(dtype)
-    if uncond is not None:
-        uncond = uncond.to(dtype)
-        o = uncond + g * (o - uncond)
-    x0 = p * x + q * o
-    x_next = a * x + b * x0
-    if x0_prev is not None:
-        x_next = x_next + c * x0_prev.to(dtype)
-    if known is not None:
-        x0 = torch.where(known[:, None], x, x0)
-        x_next = torch.where(known[:, None], x, x_next)
-    return x_next.to(out_dtype), x0.to(out_dtype)

@@ -1,0 +1,292 @@
+"""Patch embedding and its inverse as operators of torch.library, of what the kernels of `fused` compute, with their gradients.
+
+Several clips come out as one tensor, whose views they are: the results of an operator may not share memory. The
+backward pass of a projection computes its norm again, by the norm's own kernels, forwards and backwards: between them lies an embedding of
+the clips' gradient.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..dispatch import NO_GLUON, select
+from ..layout import VideoLayout
+from ..norms import fused as norms
+from .fused import Source, as_clip, embed, gradient_of_table, gradient_of_weight, one_after_the_other, scatter
+from .reference import check_layout, grid_of, video_rows, without_gaps
+
+
+def parts(flat: Tensor, channels: int, sides: Sequence[int]) -> list[Tensor]:
+    """The clips (channels, T, H, W) that lie in it, one after the other. sides: their (T, H, W), likewise."""
+    clips, start = [], 0
+    for i in range(0, len(sides), 3):
+        size = channels, *sides[i : i + 3]
+        clips.append(flat[start : start + math.prod(size)].view(size))
+        start = start + math.prod(size)
+    return clips
+
+
+def _length(channels: int, sides: Sequence[int]) -> int:
+    """Of such a tensor."""
+    return sum(channels * math.prod(sides[i : i + 3]) for i in range(0, len(sides), 3))
+
+
+def _sides(clips: Sequence[Tensor]) -> list[int]:
+    return [side for clip in clips for side in clip.shape[1:]]
+
+
+def _or_empty(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
+    """What an operator gives, which has no None."""
+    return tuple(like.new_empty(0) if result is None else result for result in results)
+
+
+def _rows_contiguous(d: Tensor) -> Tensor:
+    return d if d.shape[1] == 1 or d.stride(1) == 1 else d.contiguous()
+
+
+def _to(x: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return None if x is None else x.to(like.dtype)
+
+
+@torch.library.custom_op("tubelet::patch_embed", mutates_args=())
+def patch_embed(
+    sources: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Sequence[Tensor],
+    known: Tensor | None,
+    known_weight: Tensor | None,
+    patch: list[int] | None,
+    layout: int | None,
+    tokens: int,
+    dtype: torch.dtype,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    """The tokens, and what keeps the layout alive. sources: clips, or tokens without a patch. layout: its handle."""
+    where = None if layout is None else VideoLayout.of_handle(layout)
+    if where is not None:
+        check_layout(sources if patch else None, where, patch, positions)
+    run = select("patch_embed", implementation, {"triton": embed}, {"gluon": NO_GLUON})
+    out = run(
+        "patch_embed", Source.of(sources, patch, where), weight, tokens, dtype, bias=bias, positions=positions,
+        places=where.positions if len(positions) == 3 else None, known=known, known_weight=known_weight,
+    )  # fmt: skip
+    keeper = weight.new_empty(0)
+    keeper.untyped_storage().layout = where  # saved for the backward pass
+    return out, keeper
+
+
+@patch_embed.register_fake
+def _(sources, weight, bias, positions, known, known_weight, patch, layout, tokens, dtype, implementation):
+    return weight.new_empty((tokens, weight.shape[0]), dtype=dtype), weight.new_empty(0)
+
+
+@torch.library.custom_op("tubelet::patch_embed_backward", mutates_args=())
+def patch_embed_backward(
+    d: Tensor,
+    sources: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Sequence[Tensor],
+    known: Tensor | None,
+    known_weight: Tensor | None,
+    patch: list[int] | None,
+    layout: int | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of sources in one tensor, weight, bias, the tables of positions and known_weight, empty where they are not `wanted`; of
+    positions of each token, as the first table, what is to be cast.
+    """
+    op, where = "patch_embed", None if layout is None else VideoLayout.of_handle(layout)
+    d, source = _rows_contiguous(d), Source.of(sources, patch, where)
+    dsources = dweight = dbias = dknown = None
+    if wanted[0]:
+        if patch:
+            dsources = sources[0].new_empty(_length(len(sources[0]), _sides(sources)))
+            clips = parts(dsources, len(sources[0]), _sides(sources))
+        else:
+            dsources = sources[0].new_empty(sources[0].shape)
+            clips = [as_clip(dsources)]
+        scatter(op, d, weight, source._replace(clips=clips), across=True)
+    if wanted[1] or wanted[2]:
+        dweight, dbias = gradient_of_weight(op, d, source, weight.dtype, False if wanted[2] else None)
+        dweight, dbias = dweight.to(weight.dtype) if wanted[1] else None, _to(dbias, bias)
+    video = None if without_gaps(where) else where.table("video rows", video_rows)
+    dtables = [None] * 3
+    if len(positions) == 1 and wanted[3]:
+        dtables[0] = d.to(positions[0].dtype, copy=True) if video is None else torch.where(video[:, None], d, 0).to(positions[0].dtype)
+    elif len(positions) == 3:
+        for axis, table in enumerate(positions):
+            if wanted[3 + axis]:
+                index = where.positions[:, axis].int().clamp(0, len(table) - 1)
+                index = index if video is None else torch.where(video, index, len(table))
+                dtables[axis] = gradient_of_table(op, d, index, len(table)).to(table.dtype)
+    if wanted[6]:
+        marked = known if video is None else known & video
+        dknown = gradient_of_table(op, d, (~marked).int(), 1)[0].to(known_weight.dtype)
+    return _or_empty(d, dsources, dweight, dbias, *dtables, dknown)
+
+
+@patch_embed_backward.register_fake
+def _(d, sources, weight, bias, positions, known, known_weight, patch, layout, wanted):
+    shape = (_length(sources[0].shape[0], _sides(sources)),) if patch else sources[0].shape
+    likes = [weight, bias, *positions, *[None] * (3 - len(positions)), known_weight]
+    shapes = [shape, *(None if like is None else like.shape for like in likes)]
+    return tuple(
+        like.new_empty(shape) if want else d.new_empty(0) for like, shape, want in zip([sources[0], *likes], shapes, wanted, strict=True)
+    )
+
+
+def _save_embed(ctx, inputs, output) -> None:
+    sources, weight, bias, positions, known, known_weight, patch, layout, *_ = inputs
+    ctx.save_for_backward(*sources, weight, bias, *positions, known, known_weight, output[1])
+    ctx.counts, ctx.rest = (len(sources), len(positions)), (patch, layout)
+
+
+def _embed_backward(ctx, d, _):
+    clips, tables = ctx.counts
+    saved, (patch, layout) = ctx.saved_tensors, ctx.rest
+    sources, (weight, bias) = saved[:clips], saved[clips : clips + 2]
+    positions, (known, known_weight) = saved[clips + 2 : clips + 2 + tables], saved[-3:-1]
+    need = ctx.needs_input_grad
+    of_tables = [*need[3], False, False, False][:3]
+    wanted = [any(need[0]), need[1], need[2], *of_tables, need[5]]
+    grads = patch_embed_backward(d, list(sources), weight, bias, list(positions), known, known_weight, patch, layout, wanted)
+    dsources, *grads = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
+    if dsources is not None:
+        dsources = parts(dsources, sources[0].shape[0], _sides(sources)) if patch else [dsources]
+    of_sources = [dsources[i] if each else None for i, each in enumerate(need[0])]
+    return of_sources, grads[0], grads[1], grads[2 : 2 + tables], None, grads[5], *(None,) * 5
+
+
+patch_embed.register_autograd(_embed_backward, setup_context=_save_embed)
+
+
+@torch.library.custom_op("tubelet::final_layer", mutates_args=())
+def project(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    rows: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    kind: str | None,
+    eps: float,
+    patch: list[int],
+    sides: list[int],
+    starts: list[int],
+    op: str,
+    implementation: str,
+) -> Tensor:
+    """`unpatchify` with a weight, to clips (as of `parts`) of these sides whose tokens start there; `final_layer` if patch is empty."""
+    run = select(op, implementation, {"triton": scatter}, {"gluon": NO_GLUON})
+    out = weight.new_empty(_length(len(weight) // math.prod(patch), sides) if patch else (len(x), len(weight)))
+    norm = {"shift": shift, "scale": scale, "rows": rows, "norm_weight": norm_weight, "norm_bias": norm_bias, "kind": kind, "eps": eps}
+    run(op, x, weight, _target(out, len(weight), patch, sides, starts), bias=bias, **norm)
+    return out
+
+
+def _target(out: Tensor, elements: int, patch: Sequence[int], sides: Sequence[int], starts: Sequence[int]) -> Source:
+    if not patch:
+        return Source.of([out], patch)
+    return Source(parts(out, elements // math.prod(patch), sides), starts, patch)
+
+
+@project.register_fake
+def _(x, weight, bias, shift, scale, rows, norm_weight, norm_bias, kind, eps, patch, sides, starts, op, implementation):
+    return weight.new_empty(_length(weight.shape[0] // math.prod(patch), sides) if patch else (x.shape[0], weight.shape[0]))
+
+
+@torch.library.custom_op("tubelet::final_layer_backward", mutates_args=())
+def project_backward(
+    d: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    rows: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    kind: str | None,
+    eps: float,
+    patch: list[int],
+    sides: list[int],
+    starts: list[int],
+    wanted: list[bool],
+    op: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, weight, bias, shift, scale, norm_weight and norm_bias, empty where they are not `wanted`.
+
+    Tokens of no clip have no part in it, whatever they hold.
+    """
+    source = _target(d.contiguous() if patch else _rows_contiguous(d), len(weight), patch, sides, starts)
+    dx = dweight = dbias = dshift = dscale = dnorm_weight = dnorm_bias = None
+    x_all, spans = x, None
+    if patch:
+        spans = [(start, start + math.prod(grid_of(clip, patch))) for start, clip in zip(starts, source.clips, strict=True)]
+        x, rows = _only(x, spans), None if rows is None else _only(rows, spans)
+        source = source._replace(starts=one_after_the_other(source.clips, patch))
+    normed = x
+    if kind is not None and (wanted[1] or wanted[2]):
+        normed = norms.norm_fused(op, x, None, None, rows, shift, scale, norm_weight, norm_bias, kind, eps, False, False, False)[1]
+    if wanted[1] or wanted[2]:
+        dweight, dbias = gradient_of_weight(op, normed, source, weight.dtype, True if wanted[2] else None)
+        dweight, dbias = dweight.T.to(weight.dtype).contiguous() if wanted[1] else None, _to(dbias, bias)
+    if wanted[0] or any(wanted[3:]):
+        dx = embed(op, source, weight, len(x), x.dtype, across=True)
+        if kind is not None:
+            wants = [wanted[0], False, False, *wanted[3:]]
+            dx, _, _, dshift, dscale, dnorm_weight, dnorm_bias = norms.norm_fused_backward(
+                op, dx, None, x, None, None, rows, shift, scale, norm_weight, norm_bias, kind, eps, False, x.dtype, wants
+            )
+        dx = _among(dx, spans, x_all) if wanted[0] and spans else dx
+    results = dx, dweight, dbias, dshift, dscale, dnorm_weight, dnorm_bias
+    return _or_empty(d, *(result if want else None for result, want in zip(results, wanted, strict=True)))
+
+
+def _only(x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """The rows of the spans, which follow each other; a view where they are one piece."""
+    pieces = [x[start:stop] for start, stop in spans]
+    whole = all(before[1] == after[0] for before, after in pairwise(spans))
+    return x[spans[0][0] : spans[-1][1]] if whole else torch.cat(pieces)
+
+
+def _among(dx: Tensor, spans: Sequence[tuple[int, int]], x: Tensor) -> Tensor:
+    """Its rows where those of x are, zeros elsewhere."""
+    if len(dx) == len(x):
+        return dx
+    out, taken = dx.new_zeros(x.shape), 0
+    for start, stop in spans:
+        out[start:stop] = dx[taken : taken + stop - start]
+        taken += stop - start
+    return out
+
+
+@project_backward.register_fake
+def _(d, x, weight, bias, shift, scale, rows, norm_weight, norm_bias, kind, eps, patch, sides, starts, wanted, op):
+    likes = x, weight, bias, shift, scale, norm_weight, norm_bias
+    return tuple(like.new_empty(like.shape) if want else d.new_empty(0) for like, want in zip(likes, wanted, strict=True))
+
+
+def _save_projection(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.rest, ctx.op = inputs[8:13], inputs[13]
+
+
+def _project_backward(ctx, d):
+    need = ctx.needs_input_grad
+    wanted = [*need[:5], *need[6:8]]
+    grads = project_backward(d, *ctx.saved_tensors, *ctx.rest, wanted, ctx.op)
+    dx, dweight, dbias, dshift, dscale, dnorm_weight, dnorm_bias = (
+        grad if want else None for grad, want in zip(grads, wanted, strict=True)
+    )
+    return dx, dweight, dbias, dshift, dscale, None, dnorm_weight, dnorm_bias, *(None,) * 7
+
+
+project.register_autograd(_project_backward, setup_context=_save_projection)
