@@ -18,12 +18,15 @@ from tubelet.kernels import (
     Full,
     Mask,
     Modulation,
+    NormRope,
     Spatial,
     Temporal,
     VideoLayout,
     attention,
+    final_layer,
     gated_residual,
     modulated_norm,
+    patch_embed,
     qk_norm_rope,
     rotary_table,
 )
@@ -129,20 +132,21 @@ class VideoDiT(PretrainedModule):
         1], 0 for known ones. text: (text tokens, text_width). layout: where the clips lie and which frames are known. text_layout: the
         text of each clip, `VideoLayout.segments`.
         """
-        known = layout.coordinates.known[:, None]
+        known = layout.coordinates.known
         rows = layout.rows("frame")
         condition = self.condition(times, layout, text, text_layout)
         local = any(self.config.local_blocks)
         if local:
             pixels = PixelLayout.of(layout, self.config.patch)
-            mark = known.to(tokens.dtype).expand(-1, math.prod(self.config.patch))
+            mark = known[:, None].to(tokens.dtype).expand(-1, math.prod(self.config.patch))
             fine = self.local_in(pixels.unfold(torch.cat((tokens, mark), dim=1)), pixels)
             for block in self.local_before:
                 fine = block(fine, condition, pixels)
             tokens = pixels.fold(fine)
-        x = self.embed(tokens) + known * self.known
-        if self.config.positions != "rotary":
-            x = x + self._positions(layout)
+        added = {"known": known, "known_weight": self.known}
+        if self.config.positions != "rotary":  # frames past the table share its last entry: the rotary channels tell them apart
+            added["positions"] = list(self.tables)
+        x = patch_embed(tokens, self.embed.weight, self.embed.bias, layout=layout, dtype=self.embed.weight.dtype, **added)
         modulation = self.modulation(condition)
         rotary = {}
         if self.config.positions != "factorised":
@@ -151,7 +155,7 @@ class VideoDiT(PretrainedModule):
         for block in self.blocks:
             x = block(x, modulation, rows, text, layout, text_layout, rotary)
         shift, scale = self.final_modulation(condition).chunk(2, dim=-1)
-        x = self.out(modulated_norm(x, shift, scale, rows))
+        x = final_layer(x, self.out.weight, self.out.bias, norm=Modulation(shift, scale), rows=rows)
         if local:
             fine = fine + pixels.unfold(x)
             for block in self.local_after:
@@ -159,24 +163,18 @@ class VideoDiT(PretrainedModule):
             x = pixels.fold(self.local_out(modulated_norm(fine), pixels))
         return x
 
-    def _positions(self, layout: VideoLayout) -> Tensor:
-        size = self.config.table_size
-        for clip in layout.clips:
-            if max(clip.grid[1:]) > size:
-                raise ValueError(f"layout: expected sides of at most {size} tokens, got a clip of {clip.grid}")
-        places = layout.positions.long()
-        # Frames past the table share its last entry: the rotary channels tell them apart.
-        return sum(table[places[:, axis].clamp(0, size - 1)] for axis, table in enumerate(self.tables))
 
-
-def _rotary(head_dim: int, layout: VideoLayout) -> dict[type[Mask], tuple[Tensor, Tensor]]:
-    """The rotary tables of each kind of attention. Along time half of the channels turn: the others carry content over any distance."""
+def _rotary(head_dim: int, layout: VideoLayout) -> dict[type[Mask], tuple[Tensor, ...]]:
+    """The rotary tables of each kind of attention, and the row of each token where that is not its own. Along time half of the channels turn:
+    the others carry content over any distance.
+    """
     space, time = head_dim // 4 * 2, head_dim // 4 * 2
     places = layout.positions
+    starts = layout.frame_starts.long().clamp(max=layout.tokens - 1)  # those of no frame, of a capacity, are past its end
     whole = rotary_table(places, (head_dim // 4, space // 2, space // 2), theta=100.0)
     return {
         Spatial: rotary_table(places[:, 1:], (space, head_dim - space), theta=100.0),
-        Temporal: rotary_table(places[:, :1], (time,), theta=100.0),
+        Temporal: (*rotary_table(places[starts, :1], (time,), theta=100.0), layout.rows("frame")),
         Full: whole,
         FrameCausal: whole,
     }
@@ -249,7 +247,7 @@ class Block(nn.Module):
         text: Tensor,
         layout: VideoLayout,
         text_layout: VideoLayout,
-        rotary: dict[type[Mask], tuple[Tensor, Tensor]],
+        rotary: dict[type[Mask], tuple[Tensor, ...]],
     ) -> Tensor:
         parts = modulation.unflatten(-1, (-1, x.shape[-1]))[:, : len(self.offsets)] + self.offsets
         shifts, scales, gates = (parts[:, i::3].unbind(1) for i in range(3))
@@ -274,11 +272,11 @@ class SelfAttention(nn.Module):
         self.q_weight, self.k_weight = (nn.Parameter(torch.ones(width // heads)) for _ in range(2))
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, layout: VideoLayout, rotary: dict[type[Mask], tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(self, x: Tensor, layout: VideoLayout, rotary: dict[type[Mask], tuple[Tensor, ...]]) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        cos, sin = rotary.get(type(self.mask), (None, None))
-        q, k = qk_norm_rope(q, k, self.q_weight, self.k_weight, cos, sin)
-        return self.out(attention(q, k, v, layout, self.mask).flatten(1))
+        cos, sin, *rows = rotary.get(type(self.mask), (None, None))
+        norm_rope = NormRope(self.q_weight, self.k_weight, cos, sin, rows=rows[0] if rows else None)
+        return self.out(attention(q, k, v, layout, self.mask, norm_rope=norm_rope).flatten(1))
 
 
 class CrossAttention(nn.Module):
@@ -297,10 +295,5 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, text: Tensor, layout: VideoLayout, text_layout: VideoLayout) -> Tensor:
         q = self.q(x).unflatten(-1, (self.heads, -1))
         k, v = self.kv(text).unflatten(-1, (2, self.heads, -1)).unbind(1)
-        q, k = _head_norm(q, self.q_weight), _head_norm(k, self.k_weight)
+        q, k = qk_norm_rope(q, k, self.q_weight, self.k_weight)
         return self.out(attention(q, k, v, layout, Full(), kv_layout=text_layout).flatten(1))
-
-
-def _head_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """RMS norm of each head of (tokens, heads, head_dim)."""
-    return modulated_norm(x.flatten(0, 1), kind="rms", weight=weight).view_as(x)

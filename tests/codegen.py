@@ -106,8 +106,11 @@ def compile_case(case: Case) -> dict[str, int]:
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if case.kernel == HOPPER and name.startswith("stride") and name != "stride_lh" and not name.endswith(("st", "sh")):
-                attributes[i,] = [["tt.divisibility", 16 if case.head_dim % 16 == 0 else 8]]
+            if name.startswith("stride") and name != "stride_lh" and not name.endswith(("st", "sh")):
+                # As a launch finds it of 16 heads; the one kernel that takes strides in elements has head dims that are multiples of 16.
+                unit = 1 if case.kernel == HOPPER else constants["UNIT"]
+                if name.endswith("t") or case.head_dim // unit % 16 == 0:
+                    attributes[i,] = [["tt.divisibility", 16]]
     target = _target(case.gpu)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
     compiled = triton.compile(ASTSource(function, signature, constexprs, attributes), target=target, options=options)

@@ -227,7 +227,11 @@ def test_the_model_takes_it(monkeypatch):
         monkeypatch.setattr(dispatch, "triton_first", lambda x: True)
         reset_engaged()
         found = dit(*(x.to(DEVICE) for x in given), layout, text)
-    assert engaged()["attention"]["triton"].kernels == {"block_forward": 4, "temporal_forward": 2}
+    record = engaged()
+    assert record["attention"]["triton"].kernels == {"block_forward": 4, "temporal_forward": 2}
+    assert {op: list(ran) for op, ran in record.items()} == {
+        op: ["triton"] for op in ("patch_embed", "modulated_norm", "gated_residual", "qk_norm_rope", "attention", "final_layer")
+    }
     assert_close(found, wanted.double(), torch.float32)
 
 
