@@ -165,8 +165,9 @@ class VideoDiT(PretrainedModule):
 
 
 def _rotary(head_dim: int, layout: VideoLayout) -> dict[type[Mask], tuple[Tensor, ...]]:
-    """The rotary tables of each kind of attention, and the row of each token where that is not its own. Along time half of the channels turn:
-    the others carry content over any distance.
+    """The rotary tables of each kind of attention, and the row of each token where that is not its own.
+
+    Along time half of the channels turn: the others carry content over any distance.
     """
     space, time = head_dim // 4 * 2, head_dim // 4 * 2
     places = layout.positions

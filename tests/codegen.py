@@ -84,7 +84,7 @@ def compile_case(case: Case) -> dict[str, int]:
         config = rule[KERNELS.index(case.kernel)]
     mask = eval(case.mask, vars(kernels))
     constants = {"GROUP": 1, "SITE": mask.same_site, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "HEAD_DIM": case.head_dim}
-    constants |= {"HAS_TEXT": case.text, "UNIT": 16 // dtype.itemsize, "q_turn": None, "k_turn": None}
+    constants |= {"HAS_TEXT": case.text, "UNIT": 1 if case.head_dim % 16 == 0 else 16 // dtype.itemsize, "q_turn": None, "k_turn": None}
     dims = case.head_dim, *configs.split_head_dim(case.head_dim, configs.least_product(dtype))
     tuples = {"RULE": mask.as_rule()._replace(sees_known=case.known), "DIMS": dims}
     signature, constexprs, attributes = {}, {}, {}
@@ -106,11 +106,9 @@ def compile_case(case: Case) -> dict[str, int]:
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-            if name.startswith("stride") and name != "stride_lh" and not name.endswith(("st", "sh")):
-                # As a launch finds it of 16 heads; the one kernel that takes strides in elements has head dims that are multiples of 16.
-                unit = 1 if case.kernel == HOPPER else constants["UNIT"]
-                if name.endswith("t") or case.head_dim // unit % 16 == 0:
-                    attributes[i,] = [["tt.divisibility", 16]]
+            aligned = name.endswith("t") or case.head_dim // constants["UNIT"] % 16 == 0  # as a launch finds it of 16 heads
+            if name.startswith("stride") and name != "stride_lh" and not name.endswith(("st", "sh")) and aligned:
+                attributes[i,] = [["tt.divisibility", 16]]
     target = _target(case.gpu)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
     compiled = triton.compile(ASTSource(function, signature, constexprs, attributes), target=target, options=options)

@@ -133,7 +133,5 @@ def test_bad_configurations_are_named(options, words):
 
 
 def test_sides_past_the_table_are_named():
-    with pytest.raises(
-        ValueError, match=r"layout: expected sides of at most \(2, 2\) tokens, as the tables of positions, got a clip of \(4, 2, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"layout: expected sides of at most \(2, 2\) tokens, .* got a clip of \(4, 2, 3\)"):
         make(table_size=2)(*inputs())

@@ -149,3 +149,10 @@ def test_constraints_pin_every_requirement():
         name = canonicalize_name(requirement.name)
         assert name in pins, f"constraints.txt: no pin for {name}"
         assert requirement.specifier.contains(pins[name]), f"constraints.txt: {name}=={pins[name]} does not meet {requirement}"
+
+
+def test_the_folder_found_as_the_package_of_another_is_harmless():
+    """From the checkout's root, `import kernels` finds this folder; its operators must not be registered a second time."""
+    code = "import sys, tubelet.kernels, kernels; assert not [name for name in sys.modules if name.startswith('kernels.')]"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr

@@ -5,6 +5,8 @@
 else is in the pack, since the order of sums does.
 """
 
+from dataclasses import replace
+
 import torch
 
 from ..fp8 import FP8, OUT_OF_FP8, Scales
@@ -94,6 +96,8 @@ def attention_fused_backward(
     )  # fmt: skip
     if longest:  # between the two: it needs what the first finds for text, and the second, for text, needs what it finds
         temporal.backward_temporal(launch, do, q, k, v, out, lse, delta, dq, dk, dv, layout, kv_layout, scale, turns)
+    if how is not None:  # turning the queries takes registers
+        configs = configs._replace(keys=replace(configs.keys, block_m=min(32, configs.keys.block_m)))
     table = tiles(kv_layout, configs.keys.block_n, mask, layout, of_keys=True, longer_than=longest)
     launch(
         block.block_backward_keys, configs.keys, table, k.shape[1],

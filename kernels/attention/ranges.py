@@ -73,8 +73,9 @@ def strides(*tensors: torch.Tensor | None, unit: int = 1) -> list[int]:
 
 
 def unit_of(*tensors: torch.Tensor) -> int:
-    """The elements in 16 bytes, if all strides of tokens and heads are multiples of it, else 1. Kernels take strides in this unit: that a
-    product with a constant is aligned is known to the compiler, that 72 is a multiple of 8 would not be (it looks for multiples of 16).
+    """What kernels take strides of tokens and heads in: the elements in 16 bytes, if all are multiples of it, else 1. The compiler knows a
+    product with a constant to be aligned; by itself it looks for multiples of 16 alone, and of those, which need no unit, takes less work.
     """
     unit = 16 // min(x.element_size() for x in tensors)
-    return unit if all(stride % unit == 0 for x in tensors for stride in x.stride()[:2]) else 1
+    found = [stride for x in tensors for stride in x.stride()[:2]]
+    return 1 if any(stride % unit for stride in found) or not any(stride % 16 for stride in found) else unit
