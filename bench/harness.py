@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .record import Measurement
 
-LAUNCH_BOUND = 0.2
-"""Milliseconds under which the host's part of a call may be the longer one."""
+LAUNCH_BOUND = 2.0
+"""Milliseconds under which the host's part of a call may show in its time."""
 MOST_SETS = 16
 """Of inputs that take turns."""
 QUICK, DEFAULT, FULL = range(3)

@@ -7,6 +7,7 @@ op, how often each implementation ran and why the ones that were preferred could
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -112,6 +113,44 @@ def with_triton(
     return ({"triton": fused} | dict(others) if triton_first(x) else dict(others) | {"triton": fused}), {"gluon": NO_GLUON}
 
 
+class Operator:
+    """A function as an operator of torch.library, for what has to know of it: autograd, torch.compile, fake tensors, counters of FLOPs.
+    Where none of them looks, a call goes to the function at once: the way through torch takes as long as a launch.
+    """
+
+    def __init__(self, name: str, function: Callable):
+        self._function, self._operator = function, torch.library.custom_op(name, function, mutates_args=())
+        self.register_fake, self.register_autograd = self._operator.register_fake, self._operator.register_autograd
+
+    def __call__(self, *arguments):
+        return self._operator(*arguments) if _watched(arguments) else self._function(*arguments)
+
+
+def as_operator(name: str) -> Callable[[Callable], Operator]:
+    """Of a function whose result shares no memory with its arguments, none of which it changes."""
+    return lambda function: Operator(name, function)
+
+
+def _watched(arguments) -> bool:
+    """Whether torch has to see a call with these."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    differentiates = torch.is_grad_enabled()
+    for argument in arguments:
+        for x in argument if isinstance(argument, list | tuple) else (argument,):
+            if isinstance(x, torch.Tensor) and (type(x) not in _PLAIN or x.is_meta or (differentiates and x.requires_grad)):
+                return True
+    return False
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+@lru_cache
+def _constants(values: tuple) -> tuple:
+    return tuple(map(triton.language.constexpr, values))
+
+
 def launch(op: str, kernel, programs: int, *arguments, **constants) -> None:
     """Run a Triton kernel of `op` as so many programs, on the device of its first argument, and record it. Tuples are of constants.
 
@@ -120,8 +159,6 @@ def launch(op: str, kernel, programs: int, *arguments, **constants) -> None:
     if not programs:
         return
     launched(op, "triton", kernel.fn.__name__)
-    constants = {
-        name: tuple(map(triton.language.constexpr, value)) if isinstance(value, tuple) else value for name, value in constants.items()
-    }
+    constants = {name: _constants(value) if isinstance(value, tuple) else value for name, value in constants.items()}
     with torch.cuda.device_of(arguments[0]):
         kernel[(programs,)](*arguments, enable_fp_fusion=False, **constants)

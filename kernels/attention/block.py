@@ -508,14 +508,11 @@ class Launch:
     def __init__(self, q: torch.Tensor, k: torch.Tensor, layout: VideoLayout, mask: Mask, kv_layout: VideoLayout):
         kv = Clips.of(kv_layout)
         self.tables = (Clips.of(layout).spans, kv.spans, kv.known, kv.runs, kv.run_offsets)
-        self.constants = {
-            "GROUP": q.shape[1] // k.shape[1],
-            "RULE": mask.as_rule(),
-            "DIMS": (q.shape[2], *split_head_dim(q.shape[2], least_product(q.dtype))),
-        }
+        rule = mask.as_rule()
         if not kv_layout.capacity and not any(any(clip.known) for clip in kv_layout.clips):
-            # nothing is known, and nothing is read to find that out
-            self.constants["RULE"] = self.constants["RULE"]._replace(sees_known=False)
+            rule = rule._replace(sees_known=False)  # nothing is known, and nothing is read to find that out
+        dims = (q.shape[2], *split_head_dim(q.shape[2], least_product(q.dtype)))
+        self.constants = {"GROUP": q.shape[1] // k.shape[1], "RULE": rule, "DIMS": dims}
 
     def __call__(self, kernel, config: Config, table: torch.Tensor, heads: int, *arguments, **constants) -> None:
         """Run `kernel` for each tile of `table` and each head."""

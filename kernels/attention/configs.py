@@ -53,9 +53,12 @@ def kind_of(mask: Mask) -> str:
 
 
 @lru_cache
-def default_configs(head_dim: int, dtype: torch.dtype, shared_memory: int = SHARED_MEMORY, amd: bool = False) -> Configs:
-    """A rule for where nothing was measured: large tiles that compile without spills (tests/codegen.json), with as many stages as
-    `shared_memory`, in bytes a block, has room for.
+def default_configs(
+    head_dim: int, dtype: torch.dtype, shared_memory: int = SHARED_MEMORY, amd: bool = False, hopper: bool = False
+) -> Configs:
+    """A rule: for Hopper what was the fastest on an H100 at head dims 64 and 128, of Full() and FrameCausal(3) on 32,760 tokens; else,
+    where nothing was measured, large tiles that compile without spills (tests/codegen.json). With as many stages as `shared_memory`, in
+    bytes a block, has room for.
     """
     if dtype.itemsize > 2:  # above 64, float32 spills a little in spite of its small tiles
         small = Config(32, 32, 4, 1) if head_dim <= 64 else Config(32, 32, 8, 1) if head_dim <= 128 else Config(16, 16, 8, 1)
@@ -66,9 +69,13 @@ def default_configs(head_dim: int, dtype: torch.dtype, shared_memory: int = SHAR
         configs = Configs(Config(64, 64, 4, 1), Config(64, 32, 8, 1), Config(16, 64, 8, 1))
     elif amd:
         configs = Configs(Config(128, 64, 4, 1), Config(64, 64, 8, 1), Config(32, 64, 8, 1))
+    elif dtype.itemsize == 1:
+        configs = Configs(Config(128, 64 if head_dim <= 64 else 32, 8, 3), Config(64, 32, 4, 2), Config(32, 64, 8, 2))
+    elif hopper:
+        forward = Config(128, 64, 4, 3) if head_dim <= 64 else Config(128, 128, 8, 3)
+        configs = Configs(forward, Config(64, 64, 4, 3 if head_dim <= 64 else 2), Config(64, 128, 8, 1))
     elif head_dim > 64:
-        block_n = 64 if dtype.itemsize > 1 else 32
-        configs = Configs(Config(128, block_n, 8, 3), Config(64, 32, 4, 2), Config(32, 64, 8, 2))
+        configs = Configs(Config(128, 64, 8, 3), Config(64, 32, 4, 2), Config(32, 64, 8, 2))
     else:
         keys = Config(64, 64, 8, 2) if shared_memory >= SHARED_MEMORY else Config(32, 64, 8, 2)  # wgmma needs fewer registers than mma
         configs = Configs(Config(128, 64, 8, 3), Config(128, 64, 8, 2), keys)
@@ -85,6 +92,7 @@ def fitted(kernel: str, config: Config, head_dim: int, dtype: torch.dtype, share
     return replace(config, num_stages=max(1, min(config.num_stages, (shared_memory // row - stay) // (2 * stream))))
 
 
+@lru_cache
 def split_head_dim(head_dim: int, least: int = 16) -> tuple[int, int, int]:
     """Three powers of two that cover head_dim, the last ones 0 where fewer do as well. `least`: as of `least_product`."""
     parts, rest = [], -(-head_dim // least) * least
@@ -103,8 +111,10 @@ def least_product(dtype: torch.dtype) -> int:
 
 @lru_cache
 def limits(device: torch.device) -> dict:
-    """The last two arguments of `default_configs`."""
+    """The last arguments of `default_configs`."""
     if device.type != "cuda":
-        return {"shared_memory": SHARED_MEMORY, "amd": False}
+        return {"shared_memory": SHARED_MEMORY, "amd": False, "hopper": False}
     amd = torch.version.hip is not None
-    return {"shared_memory": 64 * 1024 if amd else torch.cuda.get_device_properties(device).shared_memory_per_block_optin, "amd": amd}
+    hopper = not amd and torch.cuda.get_device_capability(device) == (9, 0)
+    shared_memory = 64 * 1024 if amd else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return {"shared_memory": shared_memory, "amd": amd, "hopper": hopper}

@@ -54,9 +54,12 @@ def attention_fused(
     longest = temporal.longest(q) if mask.same_site else 0
     if longest:
         temporal.forward_temporal(launch, q, k, v, out, lse, layout, kv_layout, scale_log2, turns)
+    table = tiles(layout, configs.forward.block_m, mask, kv_layout, longer_than=longest)
+    if not len(table):
+        return out, lse
     unit = unit_of(q, k, v, out)
     launch(
-        block.block_forward, configs.forward, tiles(layout, configs.forward.block_m, mask, kv_layout, longer_than=longest), q.shape[1],
+        block.block_forward, configs.forward, table, q.shape[1],
         *turns(), q, k, v, out, *scales, lse, *launch.tables, *strides(q, k, v, out, unit=unit), *strides(*scales), lse.stride(0),
         scale_log2, SITE=mask.same_site, UNIT=unit,
     )  # fmt: skip

@@ -20,27 +20,33 @@ LAYER = tl.constexpr(NORMS["layer"])
 
 
 class Turn(NamedTuple):
-    """What is done to queries, or to keys. weight: (head dim) or None. weight_gradient: where the sums of it over the rows of each program
-    go, (programs, head dim), or None. cos, sin: (rows, pairs) or None, rows `stride` apart. rows: the row of each token, -1 for none, or
-    None where it is its number. norm: of NORMS. The last three are constants.
+    """What is done to queries, or to keys. weight: (head dim). weight_gradient: where the sums of it over the rows of each program go,
+    (programs, head dim). cos, sin: (rows, pairs), rows `stride` apart. rows: the row of each token, -1 for none; else it is its number.
+    The rest are constants: which of these there are, 0 in place of the others (Triton 3.6 cannot compare a tuple with a None in it), the
+    norm, of NORMS, and whether pairs of channels are neighbours.
     """
 
-    weight: torch.Tensor | None
-    weight_gradient: torch.Tensor | None
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
-    rows: torch.Tensor | None
+    weight: torch.Tensor | int
+    weight_gradient: torch.Tensor | int
+    cos: torch.Tensor | int
+    sin: torch.Tensor | int
+    rows: torch.Tensor | int
     stride: int
     eps: float
-    norm: tl.constexpr
+    has_weight: tl.constexpr
+    has_weight_gradient: tl.constexpr
+    has_rows: tl.constexpr
     pairs: tl.constexpr
+    norm: tl.constexpr
     interleaved: tl.constexpr
 
     @classmethod
     def of(cls, weight: torch.Tensor | None, how: NormRope, weight_gradient: torch.Tensor | None = None) -> "Turn":
         pairs, stride = (0, 0) if how.cos is None else (how.cos.shape[1], how.cos.stride(0))
-        constants = (tl.constexpr(value) for value in (NORMS[how.norm], pairs, how.interleaved))
-        return cls(weight, weight_gradient, how.cos, how.sin, how.rows, stride, how.eps, *constants)
+        given = weight, weight_gradient, how.cos, how.sin, how.rows
+        there = (each is not None for each in (weight, weight_gradient, how.rows))
+        constants = (tl.constexpr(value) for value in (*there, pairs, NORMS[how.norm], how.interleaved))
+        return cls(*(0 if each is None else each for each in given), stride, how.eps, *constants)
 
 
 @triton.jit
@@ -109,7 +115,7 @@ def _weigh_part(x, START: tl.constexpr, SIZE: tl.constexpr, TURN, DIMS):
 @triton.jit
 def _weigh(x, TURN, DIMS):
     y = x
-    if TURN.weight is not None:
+    if TURN.has_weight:
         y = (_weigh_part(x[0], 0, DIMS[1], TURN, DIMS),)
         if DIMS[2] > 0:
             y += (_weigh_part(x[1], DIMS[1], DIMS[2], TURN, DIMS),)
@@ -125,7 +131,7 @@ def _turn_part(x, tokens, there, SIGN: tl.constexpr, START: tl.constexpr, SIZE: 
         ROWS: tl.constexpr = x.shape[0]
         HALF: tl.constexpr = SIZE // 2
         row, turns = tokens, there
-        if TURN.rows is not None:
+        if TURN.has_rows:
             row = tl.load(TURN.rows + tokens, mask=there, other=-1).to(tl.int64)
             turns = row >= 0
         pair = START // 2 + tl.arange(0, HALF)
@@ -146,7 +152,7 @@ def _turn_part(x, tokens, there, SIGN: tl.constexpr, START: tl.constexpr, SIZE: 
 def _turn(x, tokens, there, SIGN: tl.constexpr, TURN, DIMS):
     """Rows turned by their angles, or with SIGN -1 back."""
     y = x
-    if TURN.cos is not None:
+    if TURN.pairs > 0:
         y = (_turn_part(x[0], tokens, there, SIGN, 0, DIMS[1], TURN),)
         if DIMS[2] > 0:
             y += (_turn_part(x[1], tokens, there, SIGN, DIMS[1], DIMS[2], TURN),)
@@ -217,7 +223,7 @@ def add_weight_gradient(dw, more, DIMS):
 @triton.jit
 def store_weight_gradient(dw, TURN, DIMS):
     """Of this program."""
-    if TURN.weight_gradient is not None:
+    if TURN.has_weight_gradient:
         _store_vector(dw[0], 0, DIMS[1], TURN, DIMS)
         if DIMS[2] > 0:
             _store_vector(dw[1], DIMS[1], DIMS[2], TURN, DIMS)

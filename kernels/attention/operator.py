@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import HAS_TRITON, choose, select, with_triton
+from ..dispatch import HAS_TRITON, as_operator, choose, select, with_triton
 from ..fp8 import OUT_OF_FP8, Scales, dequantize_rows
 from ..layout import VideoLayout
 from ..masks import Mask, RuleMask
@@ -73,7 +73,7 @@ def check_layouts(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> No
                 raise ValueError(f"kv_layout: Temporal needs clip {i} on one (H, W) grid, got {a.grid[1:]} and {b.grid[1:]}")
 
 
-@torch.library.custom_op("tubelet::attention", mutates_args=())
+@as_operator("tubelet::attention")
 def operator(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -119,7 +119,7 @@ def _(q, k, v, q_scale, *rest):
     return out, q.new_empty((q.shape[1], q.shape[0]) if has_lse else 0, dtype=dtype)
 
 
-@torch.library.custom_op("tubelet::attention_backward", mutates_args=())
+@as_operator("tubelet::attention_backward")
 def operator_backward(
     do: torch.Tensor,
     q: torch.Tensor,

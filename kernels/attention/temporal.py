@@ -10,6 +10,8 @@ backwards out, do besides, and dq, dk, dv written. At 64 rows of bfloat16 that i
 tensor cores need to be the limit: the floor is that of a copy.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,6 @@ from .block import (
     Launch,
     _add_product,
     _attend,
-    _hide,
     _inner,
     _load_lse,
     _load_parts,
@@ -32,87 +33,120 @@ from .block import (
 )
 from .configs import SHARED_MEMORY, Config, limits, split_head_dim
 from .norm_rope import Turns, add_weight_gradient, no_weight_gradient, norm_rope, norm_rope_backward, store_weight_gradient
-from .ranges import LN_2, LOG2_E, TEXT, sequence, strides, unit_of
+from .ranges import LN_2, LOG2_E, TEXT, clamped, sequence, strides, unit_of, window
 from .schedule import site_tiles
 
 END = tl.constexpr(1 << 30)
 """A row past every pack's end."""
+EXACT = tl.constexpr(1 << 22)
+"""i // n is i * ceil(EXACT / n) >> 22 for all i < 128 and n <= 128: what is added to i is below 128^2 / EXACT < 1 / n."""
+HEADS, STAGES = 4, 2
+SITE = tl.constexpr(256)
+"""From the number of a key to that of the same frame at the next site."""
 
 
 @triton.jit
 def _rows(base, frames, frame_rows, site, sites, BLOCK: tl.constexpr):
-    """Of the rows of a tile: the token, END where there is none, the site within the tile and the frame."""
+    """Of the rows of a tile, of which there are so many sites: the token, END where there is none, the frame and the site within the tile,
+    and whether there is one.
+    """
     i = tl.arange(0, BLOCK)
-    nth, t = i // frames, i % frames
-    return tl.where((nth < sites) & (site + nth < frame_rows), base + t * frame_rows + site + nth, END), nth, t
-
-
-@triton.jit
-def _scores(q, k, rows, nth, t, keys, key_nth, u, known, RULE, DIMS):
-    """q k^T of one site, -inf elsewhere; frames count from the same one. Vectors broadcast."""
-    s = _hide(_product(q, k, DIMS), t, u, known, False, RULE)
-    return tl.where((nth == key_nth) & (rows < END) & (keys < END), s, -float("inf"))
+    nth = (i * tl.cdiv(EXACT, frames)) >> 22  # i // frames, in two instructions
+    t = i - nth * frames
+    there = nth < sites
+    return tl.where(there, base + t * frame_rows + site + nth, END), t, nth, there
 
 
 @triton.jit
 def _place(spans_ptr, kv_spans_ptr, known_ptr, clip, site, BLOCK: tl.constexpr, RULE):
-    """Where the queries and the keys of a tile lie: (rows, sites, frames) of each, frames counting from the clip's first; which keys are
-    known; and whether each site has one query, which sees one key.
+    """Where the queries and the keys of a tile lie, END where there is none, and their frames, those of queries counted as masks do; what
+    `_see` takes; and whether each site has one query, which sees one key.
     """
     base, _, _, frame_rows, first = sequence(spans_ptr, clip, 0, False)
     kv_base, _, _, _, kv_first = sequence(kv_spans_ptr, clip, 0, False)
     frames, kv_frames = tl.load(spans_ptr + 7 * clip + 1), tl.load(kv_spans_ptr + 7 * clip + 1)
-    sites = BLOCK // tl.maximum(frames, kv_frames)
-    rows, nth, t = _rows(base, frames, frame_rows, site, sites, BLOCK)
-    keys, key_nth, u = _rows(kv_base, kv_frames, frame_rows, site, sites, BLOCK)
-    known = keys < END
+    sites = tl.minimum(BLOCK // tl.maximum(frames, kv_frames), frame_rows - site)
+    rows, t, nth, there = _rows(base, frames, frame_rows, site, sites, BLOCK)
+    keys, u, key_nth, key_there = _rows(kv_base, kv_frames, frame_rows, site, sites, BLOCK)
+    known = key_there
     if RULE[4]:
-        known = tl.load(known_ptr + tl.load(kv_spans_ptr + 7 * clip + 6) + u, mask=keys < END, other=0) != 0
+        known = tl.load(known_ptr + tl.load(kv_spans_ptr + 7 * clip + 6) + u, mask=key_there, other=0) != 0
+    # Keys are numbered by site and frame, so that what a query sees is between two numbers. Those that are not there see, and are, none.
+    own = tl.where(there, nth * SITE, -2 * SITE)
+    number = tl.where(key_there, key_nth * SITE + u, -1)
+    start, stop, _, _ = window(first + t, first + t, kv_first, kv_frames, False, RULE)
+    start, stop = clamped(own + start, own, own + kv_frames), clamped(own + stop, own, own + kv_frames)
+    sink_stop = clamped(own + (RULE[3] - kv_first), own, own + kv_frames)
+    if RULE[0]:
+        sink_stop = tl.minimum(sink_stop, stop)
     single = (frames == 1) & (kv_frames == 1)
-    return rows, nth, first + t, keys, key_nth, kv_first + u, known, single
+    return rows, first + t, keys, kv_first + u, (own, start, stop, sink_stop), (number, known), single
+
+
+@triton.jit
+def _see(queries, keys, KEYS_FIRST: tl.constexpr, RULE):
+    """Which queries see which keys, (queries, keys), or with KEYS_FIRST (keys, queries)."""
+    OF_QUERIES: tl.constexpr = 0 if KEYS_FIRST else 1
+    OF_KEYS: tl.constexpr = 1 - OF_QUERIES
+    own, start, stop = (
+        tl.expand_dims(queries[0], OF_QUERIES),
+        tl.expand_dims(queries[1], OF_QUERIES),
+        tl.expand_dims(queries[2], OF_QUERIES),
+    )
+    number = tl.expand_dims(keys[0], OF_KEYS)
+    seen = (number >= start) & (number < stop)
+    if RULE[3] > 0:
+        seen |= (number >= own) & (number < tl.expand_dims(queries[3], OF_QUERIES))
+    if RULE[4]:
+        seen |= (number >= own) & (number < own + SITE) & tl.expand_dims(keys[1], OF_KEYS)
+    return seen
 
 
 @triton.jit(do_not_specialize=["num_tiles", "stride_lh"])
 def temporal_forward(
     tiles_ptr, q_turn, k_turn, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, spans_ptr, kv_spans_ptr, known_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_lh, scale_log2, heads, num_tiles,
-    GROUP: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_TEXT: tl.constexpr, RULE, DIMS,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_TEXT: tl.constexpr, RULE, DIMS,
 ):  # fmt: skip
-    """BLOCK_M // frames sites of a clip, of one head. A site with a single frame gives its value, bit for bit."""
+    """BLOCK_M // frames sites of a clip, of HEADS heads. A site with a single frame gives its value, bit for bit."""
     (
         stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     ) = (
         stride_qt * UNIT, stride_qh * UNIT, stride_kt * UNIT, stride_kh * UNIT, stride_vt * UNIT, stride_vh * UNIT, stride_ot * UNIT,
         stride_oh * UNIT,
     )  # fmt: skip
-    tiles_ptr += 2 * (tl.program_id(0) // heads)
-    head = (tl.program_id(0) % heads).to(tl.int64)
+    groups = tl.cdiv(heads, HEADS)
+    tiles_ptr += 2 * (tl.program_id(0) // groups)
+    first_head = tl.program_id(0) % groups * HEADS
     clip, site = tl.load(tiles_ptr), tl.load(tiles_ptr + 1)
     if clip < 0:
         return
-    rows, nth, t, keys, key_nth, u, known, single = _place(spans_ptr, kv_spans_ptr, known_ptr, clip, site, BLOCK_M, RULE)
-    k_ptr += head // GROUP * stride_kh
-    v_ptr += head // GROUP * stride_vh
-    q = _load_parts(q_ptr + head * stride_qh, 0, 1, rows, END, stride_qt, False, DIMS)
-    q = norm_rope(q, rows, rows < END, q_turn, DIMS)
-    k = _load_parts(k_ptr, 0, 1, keys, END, stride_kt, False, DIMS)
-    k = norm_rope(k, keys, keys < END, k_turn, DIMS)
-    v = _load_parts(v_ptr, 0, 1, keys, END, stride_vt, False, DIMS)
-    s = _scores(q, k, rows[:, None], nth[:, None], t[:, None], keys[None, :], key_nth[None, :], u[None, :], known[None, :], RULE, DIMS)
-    peak = tl.max(s, 1) * scale_log2
-    level = tl.where(peak == -float("inf"), 0.0, peak)
-    p = tl.exp2(tl.fma(s, scale_log2, -level[:, None]))
-    p = tl.where(single & (s > -float("inf")), 1.0, p)  # a rounding away from it
-    total = tl.sum(p, 1)
-    acc = _add_product(_zeros(BLOCK_M, DIMS), p.to(v[0].dtype), v, DIMS)
-    if HAS_TEXT:
-        text = sequence(kv_spans_ptr, clip, TEXT, False)
-        context = q, t, False, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, k_turn, None, None, 0, 0
-        acc, peak, total, _unit = _attend((acc, peak, total, 1.0), context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS)
-    share = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]  # a query that saw nothing gives zeros, NaN stays NaN
-    _store_parts(out_ptr + head * stride_oh, _times(acc, share, DIMS), 0, 1, rows, END, stride_ot, DIMS)
-    lse = tl.where(total == 0.0, -float("inf"), (peak + tl.log2(total)) * LN_2)
-    tl.store(lse_ptr + head * stride_lh + rows, lse, mask=rows < END)
+    rows, t, keys, _u, of_queries, of_keys, single = _place(spans_ptr, kv_spans_ptr, known_ptr, clip, site, BLOCK_M, RULE)
+    for nth_head in tl.range(0, tl.minimum(heads - first_head, HEADS), num_stages=STAGES):
+        head = first_head.to(tl.int64) + nth_head
+        k_head, v_head = k_ptr + head // GROUP * stride_kh, v_ptr + head // GROUP * stride_vh
+        q = _load_parts(q_ptr + head * stride_qh, 0, 1, rows, END, stride_qt, False, DIMS)
+        q = norm_rope(q, rows, rows < END, q_turn, DIMS)
+        k = _load_parts(k_head, 0, 1, keys, END, stride_kt, False, DIMS)
+        k = norm_rope(k, keys, keys < END, k_turn, DIMS)
+        v = _load_parts(v_head, 0, 1, keys, END, stride_vt, False, DIMS)
+        s = tl.where(_see(of_queries, of_keys, False, RULE), _product(q, k, DIMS), -float("inf"))
+        peak = tl.max(s, 1) * scale_log2
+        level = tl.where(peak == -float("inf"), 0.0, peak)
+        p = tl.exp2(tl.fma(s, scale_log2, -level[:, None]))
+        if v[0].dtype == tl.float32:
+            p = tl.where(single & (s > -float("inf")), 1.0, p)  # a rounding away from it
+        total = tl.sum(p, 1)
+        acc = _add_product(_zeros(BLOCK_M, DIMS), p.to(v[0].dtype), v, DIMS)
+        if HAS_TEXT:
+            text = sequence(kv_spans_ptr, clip, TEXT, False)
+            context = q, t, False, k_head, v_head, known_ptr, stride_kt, stride_vt, scale_log2, k_turn, None, None, 0, 0
+            acc, peak, total, _unit = _attend((acc, peak, total, 1.0), context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS)
+        share = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]  # a query that saw nothing gives zeros, NaN stays NaN
+        _store_parts(out_ptr + head * stride_oh, _times(acc, share, DIMS), 0, 1, rows, END, stride_ot, DIMS)
+        lse = tl.where(total == 0.0, -float("inf"), (peak + tl.log2(total)) * LN_2)
+        tl.store(lse_ptr + head * stride_lh + rows, lse, mask=rows < END)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "stride_lh"])
@@ -136,7 +170,7 @@ def temporal_backward(
     clip, site = tl.load(tiles_ptr), tl.load(tiles_ptr + 1)
     if clip < 0:
         return
-    rows, nth, t, keys, key_nth, u, known, _single = _place(spans_ptr, kv_spans_ptr, known_ptr, clip, site, BLOCK_M, RULE)
+    rows, t, keys, u, of_queries, of_keys, _single = _place(spans_ptr, kv_spans_ptr, known_ptr, clip, site, BLOCK_M, RULE)
     scale_log2 = scale * LOG2_E
     k_ptr += kv_head * stride_kh
     v_ptr += kv_head * stride_vh
@@ -154,7 +188,7 @@ def temporal_backward(
         tl.store(delta_ptr + head * stride_lh + rows, delta, mask=rows < END)
         lse = _load_lse(lse_ptr + head * stride_lh, 0, 1, rows, END)
         # Transposed, (keys, queries), as the products for dk and dv need it.
-        s = _scores(k, q, keys[:, None], key_nth[:, None], t[None, :], rows[None, :], nth[None, :], u[:, None], known[:, None], RULE, DIMS)
+        s = tl.where(_see(of_queries, of_keys, True, RULE), _product(k, q, DIMS), -float("inf"))
         p = tl.exp2(tl.fma(s, scale_log2, -lse[None, :]))
         dv = _add_product(dv, p.to(do[0].dtype), do, DIMS)
         ds = (p * (_product(v, do, DIMS) - delta[None, :])).to(q[0].dtype)
@@ -174,7 +208,7 @@ def temporal_backward(
         if HAS_TEXT:
             text = sequence(spans_ptr, clip, TEXT, False)
             context = (
-                k, v, u, known, False, q_ptr + head * stride_qh, do_ptr + head * stride_doh, lse_ptr + head * stride_lh,
+                k, v, u, of_keys[1], False, q_ptr + head * stride_qh, do_ptr + head * stride_doh, lse_ptr + head * stride_lh,
                 delta_ptr + head * stride_lh, stride_qt, stride_dot, scale_log2, q_turn,
             )  # fmt: skip
             dk, dv = _push((dk, dv), context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS)
@@ -201,12 +235,15 @@ def forward_temporal(
     turns: Turns,
 ) -> None:
     """Writes out (tokens, heads, head_dim) and lse (heads, tokens) of the frames of short clips."""
-    unit = unit_of(q, k, v, out)
+    unit, heads = unit_of(q, k, v, out), q.shape[1]
     for rows in sizes(q.shape[2], q.dtype, **limits(q.device)):
+        table = site_tiles(layout, rows, kv_layout)
+        if not len(table):
+            continue
         launch(
-            temporal_forward, config(rows, wide=turns.how is not None and q.shape[2] > 64), site_tiles(layout, rows, kv_layout), q.shape[1],
-            *turns(), q, k, v, out, lse, *launch.tables[:3], *strides(q, k, v, out, unit=unit), lse.stride(0), scale_log2, q.shape[1],
-            HAS_TEXT=_has_text(kv_layout), UNIT=unit,
+            temporal_forward, config(rows, wide=turns.how is not None and q.shape[2] > 64), table, -(-heads // HEADS),
+            *turns(), q, k, v, out, lse, *launch.tables[:3], *strides(q, k, v, out, unit=unit), lse.stride(0), scale_log2, heads,
+            HAS_TEXT=_has_text(kv_layout), UNIT=unit, HEADS=HEADS, STAGES=STAGES,
         )  # fmt: skip
 
 
@@ -244,7 +281,8 @@ def longest(q: torch.Tensor, backward: bool = False) -> int:
     return max(sizes(q.shape[2], q.dtype, **limits(q.device), backward=backward), default=0)
 
 
-def sizes(head_dim: int, dtype: torch.dtype, shared_memory: int, amd: bool, backward: bool = False) -> tuple[int, ...]:
+@lru_cache
+def sizes(head_dim: int, dtype: torch.dtype, shared_memory: int, amd: bool, hopper: bool, backward: bool = False) -> tuple[int, ...]:
     """Of the tiles that compile without spills (tests/codegen.json) and fit `shared_memory`, in bytes a block: rows, fewest first."""
     if dtype.itemsize == 1 or (backward and amd):
         return ()

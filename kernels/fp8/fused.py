@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import INTERPRETED, NO_GLUON, launch, select
+from ..dispatch import INTERPRETED, NO_GLUON, as_operator, launch, select
 from .reference import FP8, LARGEST
 
 LARGEST_CHANNELS = 16384
@@ -171,7 +171,7 @@ def _results(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape, dtype=FP8), scale if x.dim() > 1 else scale[0]
 
 
-@torch.library.custom_op("tubelet::quantize_rows", mutates_args=())
+@as_operator("tubelet::quantize_rows")
 def quantize_rows(x: torch.Tensor, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
     run = select("quantize_rows", implementation, {"triton": quantize_fused}, {"gluon": NO_GLUON})
     return run("quantize_rows", x, None)
@@ -182,7 +182,7 @@ def _(x, implementation):
     return _results(x)
 
 
-@torch.library.custom_op("tubelet::gelu_quantize_rows", mutates_args=())
+@as_operator("tubelet::gelu_quantize_rows")
 def gelu_quantize_rows(x: torch.Tensor, approximate: str, implementation: str) -> tuple[torch.Tensor, torch.Tensor]:
     run = select("gelu_quantize_rows", implementation, {"triton": quantize_fused}, {"gluon": NO_GLUON})
     return run("gelu_quantize_rows", x, approximate)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import NO_GLUON, launch, select
+from ..dispatch import NO_GLUON, as_operator, launch, select
 from .fused import without_e4m3
 
 GROUP = 8
@@ -81,7 +81,7 @@ def linear_fused(x8, x_scale, weight8, weight_scale, bias, out_dtype):
     return out
 
 
-@torch.library.custom_op("tubelet::fp8_linear", mutates_args=())
+@as_operator("tubelet::fp8_linear")
 def fp8_linear(
     x8: torch.Tensor,
     x_scale: torch.Tensor,

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import NO_GLUON, launch, select
+from ..dispatch import NO_GLUON, as_operator, launch, select
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OP = "group_norm_silu"
@@ -401,7 +401,7 @@ def group_norm_fused_backward(dout, x, weight, bias, statistics, groups, silu, w
     return dx, *(None if each is None else each.copy_(d) for each, d in ((dweight, dw), (dbias, db)))
 
 
-@torch.library.custom_op("tubelet::group_norm_silu", mutates_args=())
+@as_operator("tubelet::group_norm_silu")
 def group_norm_silu(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float, silu: bool, implementation: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -413,7 +413,7 @@ def _(x, weight, bias, groups, eps, silu, implementation):
     return _like(x), x.new_empty(_frames_of(x), groups, 3, dtype=torch.float32)
 
 
-@torch.library.custom_op("tubelet::group_norm_silu_backward", mutates_args=())
+@as_operator("tubelet::group_norm_silu_backward")
 def backward(
     dout: torch.Tensor,
     x: torch.Tensor,

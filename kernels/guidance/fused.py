@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import NO_GLUON, launch, select
+from ..dispatch import NO_GLUON, as_operator, launch, select
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -105,7 +105,7 @@ def guided_step_fused(x, cond, uncond, x0_prev, coefficients, guidance, rows, kn
     return x_next, x0
 
 
-@torch.library.custom_op("tubelet::guided_step", mutates_args=())
+@as_operator("tubelet::guided_step")
 def guided_step(
     x: torch.Tensor,
     cond: torch.Tensor,

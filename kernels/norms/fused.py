@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import INTERPRETED, NO_GLUON, launch, select
+from ..dispatch import INTERPRETED, NO_GLUON, as_operator, launch, select
 from ..fp8 import FP8, LARGEST
 
 LARGEST_CHANNELS = 16384
@@ -463,7 +463,7 @@ def _select(op: str, implementation: str, function):
     return select(op, implementation, {"triton": function}, {"gluon": NO_GLUON})
 
 
-@torch.library.custom_op("tubelet::modulated_norm", mutates_args=())
+@as_operator("tubelet::modulated_norm")
 def modulated_norm(
     x: torch.Tensor,
     shift: torch.Tensor | None,
@@ -488,7 +488,7 @@ def _(x, shift, scale, rows, weight, bias, kind, eps, fp8, exact, implementation
     return x.new_empty(x.shape, dtype=FP8 if fp8 else x.dtype), x.new_empty(x.shape[0] if fp8 else 0, dtype=torch.float32)
 
 
-@torch.library.custom_op("tubelet::gated_residual", mutates_args=())
+@as_operator("tubelet::gated_residual")
 def gated_residual(
     x: torch.Tensor,
     y: torch.Tensor,
@@ -517,7 +517,7 @@ def _(x, y, gate, rows, shift, scale, weight, bias, kind, eps, tanh_gate, fp8, e
     return x.new_empty(x.shape), normed, x.new_empty(x.shape[0] if fp8 else 0, dtype=torch.float32)
 
 
-@torch.library.custom_op("tubelet::gated_residual_backward", mutates_args=())
+@as_operator("tubelet::gated_residual_backward")
 def backward(
     dnormed: torch.Tensor | None,
     dout: torch.Tensor | None,

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..dispatch import NO_GLUON, select
+from ..dispatch import NO_GLUON, as_operator, select
 from ..layout import VideoLayout
 from ..norms import fused as norms
 from .fused import Source, as_clip, embed, gradient_of_table, gradient_of_weight, one_after_the_other, scatter
@@ -51,7 +51,7 @@ def _to(x: Tensor | None, like: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(like.dtype)
 
 
-@torch.library.custom_op("tubelet::patch_embed", mutates_args=())
+@as_operator("tubelet::patch_embed")
 def patch_embed(
     sources: Sequence[Tensor],
     weight: Tensor,
@@ -84,7 +84,7 @@ def _(sources, weight, bias, positions, known, known_weight, patch, layout, toke
     return weight.new_empty((tokens, weight.shape[0]), dtype=dtype), weight.new_empty(0)
 
 
-@torch.library.custom_op("tubelet::patch_embed_backward", mutates_args=())
+@as_operator("tubelet::patch_embed_backward")
 def patch_embed_backward(
     d: Tensor,
     sources: Sequence[Tensor],
@@ -165,7 +165,7 @@ def _embed_backward(ctx, d, _):
 patch_embed.register_autograd(_embed_backward, setup_context=_save_embed)
 
 
-@torch.library.custom_op("tubelet::final_layer", mutates_args=())
+@as_operator("tubelet::final_layer")
 def project(
     x: Tensor,
     weight: Tensor,
@@ -202,7 +202,7 @@ def _(x, weight, bias, shift, scale, rows, norm_weight, norm_bias, kind, eps, pa
     return weight.new_empty(_length(weight.shape[0] // math.prod(patch), sides) if patch else (x.shape[0], weight.shape[0]))
 
 
-@torch.library.custom_op("tubelet::final_layer_backward", mutates_args=())
+@as_operator("tubelet::final_layer_backward")
 def project_backward(
     d: Tensor,
     x: Tensor,

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import NO_GLUON, launch, select
+from ..dispatch import NO_GLUON, as_operator, launch, select
 from ..fp8 import FP8, LARGEST
 from .reference import NormRope
 
@@ -666,7 +666,7 @@ def _select(implementation: str):
     return select(OP, implementation, {"triton": norm_rope_fused}, {"gluon": NO_GLUON})
 
 
-@torch.library.custom_op("tubelet::qk_norm_rope", mutates_args=())
+@as_operator("tubelet::qk_norm_rope")
 def operator(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -694,7 +694,7 @@ def _(q, k, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-@torch.library.custom_op("tubelet::qk_norm_rope_fp8", mutates_args=())
+@as_operator("tubelet::qk_norm_rope_fp8")
 def operator_fp8(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -756,7 +756,7 @@ def _(q, k, *rest):
     return None
 
 
-@torch.library.custom_op("tubelet::qk_norm_rope_backward", mutates_args=())
+@as_operator("tubelet::qk_norm_rope_backward")
 def operator_backward(
     dq: torch.Tensor,
     dk: torch.Tensor,
