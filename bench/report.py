@@ -5,7 +5,7 @@ import html
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
@@ -51,10 +51,15 @@ def load(paths: Sequence[Path] | None = None) -> list[tuple[Path, Run]]:
 
 
 def latest(runs: Sequence[tuple[Path, Run]]) -> list[tuple[Path, Run]]:
-    """One for each device: the newest, but a quick one only if there is no other. GPUs come first."""
+    """One for each device: the newest, but a quick one only if there is no other; cases that it lacks are those of the newest before it
+    that has them. GPUs come first.
+    """
     chosen: dict[str, tuple[Path, Run]] = {}
     for path, run in sorted(runs, key=lambda each: (each[1].level != "quick", each[1].date)):
-        chosen[run.device] = path, run
+        found = {(each.op, each.case) for each in run.measurements}
+        older = chosen[run.device][1].measurements if run.device in chosen else []
+        lacking = [each for each in older if (each.op, each.case) not in found]
+        chosen[run.device] = path, replace(run, measurements=[*run.measurements, *lacking])
     return sorted(chosen.values(), key=lambda each: (each[1].kind != "cuda", each[1].device))
 
 

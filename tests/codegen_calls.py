@@ -246,7 +246,8 @@ CALLS: dict[str, Call] = {
         f"group norm{way} {channels} of {groups}": Call(
             group_norm(channels, groups, (17, 60, 104), "last" in way, "backward" in way),
             gpus,
-            ("merge_statistics", "group_statistics", "group_gradient_sums", "merge_gradient_sums"),  # whose results are few
+            ("merge_statistics", "group_statistics", "group_gradient_sums", "merge_gradient_sums")  # whose results are few
+            + (("group_normalise", "group_gradient") if "last" in way and channels < 8 * groups else ()),  # a group has 8 bytes of a row
         )
         for way in ("", " channels last", " backward", " channels last backward")
         for channels, groups, gpus in ((512, 32, GPUS), (128, 32, GPUS[1:2]))

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from tolerance import assert_close
+from tolerance import FP8_SUMS, assert_close
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 from tubelet.kernels import engaged, fp8_linear, gelu_quantize_rows, quantize_rows, reset_engaged
@@ -155,7 +155,7 @@ def test_product(shape, implementation, dtype):
         out = fp8_linear(x8, weight8, weight_scale, b, x_scale=x_scale, out_dtype=dtype, implementation=implementation)
         wanted = by_hand(x8, x_scale, weight8, weight_scale, b)
         for rows in torch.arange(shape[0]).split(16):  # they differ in size
-            assert_close(out[rows], wanted[rows], dtype)
+            assert_close(out[rows], wanted[rows], dtype, FP8_SUMS if DEVICE == "cuda" and dtype == torch.float32 else None)
 
 
 @pytest.mark.parametrize("implementation", ["torch", "reference", "triton"])

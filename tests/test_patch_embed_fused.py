@@ -48,7 +48,10 @@ check_projection = partial(plain.check_projection, "triton", device=DEVICE)
 @pytest.fixture(autouse=True, scope="module")
 def little_for_the_interpreter():
     """Which runs one program after the other, and one store after the other."""
-    with mock.patch.multiple(fused, **({} if DEVICE == "cuda" else {"SPLITS": 2, "AT_ONCE": 5})):
+    if DEVICE == "cuda":
+        yield
+        return
+    with mock.patch.multiple(fused, SPLITS=2, AT_ONCE=5):
         yield
 
 

@@ -24,6 +24,8 @@ TOLERANCE = {
     torch.float16: Tolerance(norm=2 * 2**-11, largest=6 * 2**-11),  # three roundings in a row: of a factor, of a weight, of the result
     torch.bfloat16: Tolerance(norm=2 * 2**-8, largest=6 * 2**-8),  # the same
 }
+FP8_SUMS = Tolerance(norm=2**-11, largest=2**-10)
+"""Of products of E4M3 by Hopper's tensor cores, which keep 14 bits of the sum of an instruction's terms, against float32 or better."""
 FP8_WEIGHTS = Tolerance(norm=2**-4, largest=2 * 2**-4)
 """Of attention whose weights are rounded to E4M3, against the definition on the same E4M3 numbers; the result is bfloat16."""
 

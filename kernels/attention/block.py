@@ -49,6 +49,8 @@ _visible = triton.jit(FunctionType(visible.__code__, globals(), visible.__name__
 
 # Two tuples of constants go through all of the functions below: RULE, as in `ranges`, and
 # DIMS: the head dim, and the parts that it is split into: three, zero where there are fewer.
+# They, and TURN, what is done to the rows that are visited, are arguments of their own, since
+# Triton 3.6 takes the constants of a tuple that is assigned to a name for tensors.
 
 
 @triton.jit
@@ -153,27 +155,27 @@ def _hide(s, t, u, known, free, RULE):
 
 
 @triton.jit
-def _visit(BODY: tl.constexpr, state, context, rows, start, stop, every_start, every_stop, BLOCK: tl.constexpr, RULE, DIMS):
+def _visit(BODY: tl.constexpr, state, context, rows, start, stop, every_start, every_stop, BLOCK: tl.constexpr, RULE, DIMS, TURN):
     """BODY over the tiles of rows start .. stop of a sequence; those in every_start .. every_stop need no mask."""
     if RULE[0] or RULE[2] > 0:
         every_start = clamped(every_start, start, stop)
         every_stop = clamped(every_stop, every_start, stop)
         first = tl.minimum(start + tl.cdiv(every_start - start, BLOCK) * BLOCK, stop)
         last = tl.maximum(first, start + (every_stop - start) // BLOCK * BLOCK)
-        state = BODY(state, context, rows, start, first, True, False, BLOCK, RULE, DIMS)
-        state = BODY(state, context, rows, first, last, False, True, BLOCK, RULE, DIMS)
-        state = BODY(state, context, rows, last, stop, True, False, BLOCK, RULE, DIMS)
+        state = BODY(state, context, rows, start, first, True, False, BLOCK, RULE, DIMS, TURN)
+        state = BODY(state, context, rows, first, last, False, True, BLOCK, RULE, DIMS, TURN)
+        state = BODY(state, context, rows, last, stop, True, False, BLOCK, RULE, DIMS, TURN)
     else:
         last = start + (stop - start) // BLOCK * BLOCK
-        state = BODY(state, context, rows, start, last, False, True, BLOCK, RULE, DIMS)
-        state = BODY(state, context, rows, last, stop, False, False, BLOCK, RULE, DIMS)
+        state = BODY(state, context, rows, start, last, False, True, BLOCK, RULE, DIMS, TURN)
+        state = BODY(state, context, rows, last, stop, False, False, BLOCK, RULE, DIMS, TURN)
     return state
 
 
 @triton.jit
 def _visit_keys(
     BODY: tl.constexpr, state, context, x0, x1, clip, site, spans_ptr, runs_ptr, run_offsets_ptr,
-    SITE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS,
+    SITE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS, TURN,
 ):  # fmt: skip
     """BODY over all keys that a tile of queries sees, whose frames are x0 .. x1."""
     rows = sequence(spans_ptr, clip, tl.maximum(site, VIDEO), SITE)  # text sees the whole video
@@ -187,26 +189,28 @@ def _visit_keys(
     every_stop = tl.where(site == TEXT, frames, every_stop)
     state = _visit(
         BODY, state, context, rows, some_start * frame_rows, some_stop * frame_rows, every_start * frame_rows, every_stop * frame_rows,
-        BLOCK, RULE, DIMS,
+        BLOCK, RULE, DIMS, TURN,
     )  # fmt: skip
     # To the left and right of the window every query sees the same frames.
     sink = 0
     if RULE[3] > 0:
         sink = clamped(-(first - RULE[3]), 0, some_start)  # a constant minus a tensor is taken for a constant
-        state = BODY(state, context, rows, 0, sink * frame_rows, False, False, BLOCK, RULE, DIMS)
+        state = BODY(state, context, rows, 0, sink * frame_rows, False, False, BLOCK, RULE, DIMS, TURN)
     if RULE[4]:
         for run in range(tl.load(run_offsets_ptr + clip), tl.load(run_offsets_ptr + clip + 1)):
             start, stop = tl.load(runs_ptr + 2 * run), tl.load(runs_ptr + 2 * run + 1)
             left, right = tl.minimum(stop, some_start), tl.maximum(start, some_stop)
-            state = BODY(state, context, rows, tl.maximum(start, sink) * frame_rows, left * frame_rows, False, False, BLOCK, RULE, DIMS)
-            state = BODY(state, context, rows, right * frame_rows, stop * frame_rows, False, False, BLOCK, RULE, DIMS)
+            state = BODY(
+                state, context, rows, tl.maximum(start, sink) * frame_rows, left * frame_rows, False, False, BLOCK, RULE, DIMS, TURN
+            )
+            state = BODY(state, context, rows, right * frame_rows, stop * frame_rows, False, False, BLOCK, RULE, DIMS, TURN)
     _, _, length, _, _ = text
-    return BODY(state, context, text, 0, length, False, False, BLOCK, RULE, DIMS)
+    return BODY(state, context, text, 0, length, False, False, BLOCK, RULE, DIMS, TURN)
 
 
 @triton.jit
 def _visit_queries(
-    BODY: tl.constexpr, state, context, x0, x1, any_known, clip, site, spans_ptr, SITE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS
+    BODY: tl.constexpr, state, context, x0, x1, any_known, clip, site, spans_ptr, SITE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS, TURN
 ):
     """BODY over all queries that see a tile of keys, whose frames are x0 .. x1."""
     rows = sequence(spans_ptr, clip, tl.maximum(site, VIDEO), SITE)
@@ -222,10 +226,10 @@ def _visit_queries(
     every_stop = tl.where(site == TEXT, frames, every_stop)
     state = _visit(
         BODY, state, context, rows, some_start * frame_rows, some_stop * frame_rows, every_start * frame_rows, every_stop * frame_rows,
-        BLOCK, RULE, DIMS,
+        BLOCK, RULE, DIMS, TURN,
     )  # fmt: skip
     _, _, length, _, _ = text
-    return BODY(state, context, text, 0, length, False, False, BLOCK, RULE, DIMS)
+    return BODY(state, context, text, 0, length, False, False, BLOCK, RULE, DIMS, TURN)
 
 
 @triton.jit
@@ -242,18 +246,16 @@ def _keys_of(known_ptr, rows, stop, first, frame_rows, RULE):
 
 
 @triton.jit
-def _attend(state, context, keys, begin, end, RULED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS):
+def _attend(state, context, keys, begin, end, RULED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS, TURN):
     """The online softmax of a tile of queries over rows begin .. end of a sequence of keys."""
     acc, peak, total, unit = state
-    q, t, free, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, k_turn, k_scale_ptr, v_scale_ptr, stride_kst, stride_vst = (
-        context
-    )
+    q, t, free, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, k_scale_ptr, v_scale_ptr, stride_kst, stride_vst = context
     base, step, _, frame_rows, first = keys
     IS_FP8: tl.constexpr = q[0].dtype.is_fp8()
     for n in range(begin, end, BLOCK):
         rows = n + tl.arange(0, BLOCK)
         k = _load_parts(k_ptr, base, step, rows, end, stride_kt, WHOLE, DIMS)
-        k = norm_rope(k, base + rows * step, rows < end, k_turn, DIMS)
+        k = norm_rope(k, base + rows * step, rows < end, TURN, DIMS)
         s = _product(q, k, DIMS)
         if IS_FP8:
             s *= _load_scales(k_scale_ptr, base, step, rows, end, stride_kst)[None, :]
@@ -315,7 +317,7 @@ def block_forward(
         v_scale_ptr += head // GROUP * stride_vsh
     known_ptr += tl.load(kv_spans_ptr + 7 * clip + 6)
     context = (
-        q, first + rows // frame_rows, site == TEXT, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, k_turn,
+        q, first + rows // frame_rows, site == TEXT, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2,
         k_scale_ptr, v_scale_ptr, stride_kst, stride_vst,
     )  # fmt: skip
     acc = _zeros(BLOCK_M, DIMS)
@@ -323,7 +325,7 @@ def block_forward(
     last = tl.minimum(row + BLOCK_M, stop) - 1
     acc, peak, total, unit = _visit_keys(
         _attend, state, context, first + row // frame_rows, first + last // frame_rows, clip, site, kv_spans_ptr, runs_ptr, run_offsets_ptr,
-        SITE, BLOCK_N, RULE, DIMS,
+        SITE, BLOCK_N, RULE, DIMS, k_turn,
     )  # fmt: skip
     share = tl.where(total == 0.0, 0.0, unit / total)[:, None]  # a query that saw nothing gives zeros, NaN stays NaN
     _store_parts(out_ptr + head * stride_oh, _times(acc, share, DIMS), base, step, rows, stop, stride_ot, DIMS)
@@ -355,15 +357,15 @@ def _inner(a, b, DIMS):
 
 
 @triton.jit
-def _pull(state, context, keys, begin, end, RULED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS):
+def _pull(state, context, keys, begin, end, RULED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS, TURN):
     """Adds to dq of a tile of queries what comes from rows begin .. end of a sequence of keys."""
     dq = state
-    q, do, lse, delta, t, free, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, k_turn = context
+    q, do, lse, delta, t, free, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2 = context
     base, step, _, frame_rows, first = keys
     for n in range(begin, end, BLOCK):
         rows = n + tl.arange(0, BLOCK)
         k = _load_parts(k_ptr, base, step, rows, end, stride_kt, WHOLE, DIMS)
-        k = norm_rope(k, base + rows * step, rows < end, k_turn, DIMS)
+        k = norm_rope(k, base + rows * step, rows < end, TURN, DIMS)
         v = _load_parts(v_ptr, base, step, rows, end, stride_vt, WHOLE, DIMS)
         s = _product(q, k, DIMS)
         if RULED:
@@ -409,12 +411,12 @@ def block_backward_queries(
     v_ptr += head // GROUP * stride_vh
     known_ptr += tl.load(kv_spans_ptr + 7 * clip + 6)
     t = first + rows // frame_rows
-    context = q, do, lse, delta, t, site == TEXT, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale * LOG2_E, k_turn
+    context = q, do, lse, delta, t, site == TEXT, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale * LOG2_E
     state = _zeros(BLOCK_M, DIMS)
     last = tl.minimum(row + BLOCK_M, stop) - 1
     dq = _visit_keys(
         _pull, state, context, first + row // frame_rows, first + last // frame_rows, clip, site, kv_spans_ptr, runs_ptr, run_offsets_ptr,
-        SITE, BLOCK_N, RULE, DIMS,
+        SITE, BLOCK_N, RULE, DIMS, k_turn,
     )  # fmt: skip
     dq = _times(dq, scale, DIMS)
     if q_turn is not None:
@@ -426,15 +428,15 @@ def block_backward_queries(
 
 
 @triton.jit
-def _push(state, context, queries, begin, end, RULED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS):
+def _push(state, context, queries, begin, end, RULED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS, TURN):
     """Adds to dk and dv of a tile of keys what comes from rows begin .. end of a sequence of queries."""
     dk, dv = state
-    k, v, u, known, free, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qt, stride_dot, scale_log2, q_turn = context
+    k, v, u, known, free, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qt, stride_dot, scale_log2 = context
     base, step, _, frame_rows, first = queries
     for m in range(begin, end, BLOCK):
         rows = m + tl.arange(0, BLOCK)
         q = _load_parts(q_ptr, base, step, rows, end, stride_qt, WHOLE, DIMS)
-        q = norm_rope(q, base + rows * step, rows < end, q_turn, DIMS)
+        q = norm_rope(q, base + rows * step, rows < end, TURN, DIMS)
         do = _load_parts(do_ptr, base, step, rows, end, stride_dot, WHOLE, DIMS)
         lse = _load_lse(lse_ptr, base, step, rows, end)
         delta = tl.load(delta_ptr + base + rows * step, mask=rows < end, other=0.0)
@@ -483,11 +485,11 @@ def block_backward_keys(
     for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
         context = (
             k, v, u, known, site == TEXT, q_ptr + head * stride_qh, do_ptr + head * stride_doh, lse_ptr + head * stride_lh,
-            delta_ptr + head * stride_lh, stride_qt, stride_dot, scale * LOG2_E, q_turn,
+            delta_ptr + head * stride_lh, stride_qt, stride_dot, scale * LOG2_E,
         )  # fmt: skip
         state = _visit_queries(
             _push, state, context, first + row // frame_rows, first + last // frame_rows, any_known, clip, site, spans_ptr,
-            SITE, BLOCK_M, RULE, DIMS,
+            SITE, BLOCK_M, RULE, DIMS, q_turn,
         )  # fmt: skip
     dk, dv = state
     dk = _times(dk, scale, DIMS)

@@ -33,12 +33,15 @@ ALIGNMENT = 16
 EXTRA_SHARED_MEMORY = 17 * 1024
 """Bytes that the compiler takes beside the tiles."""
 
+BROKEN = "compiled by Triton 3.6 it gave NaN on an H100: with three stages always, with one or two in some runs"
+"""Why no call is served by it on a GPU."""
+
 OPEN, RULED = tl.constexpr(schedule.OPEN), tl.constexpr(schedule.RULED)
 
 
 def default_config(head_dim: int) -> Config:
     """As many stages as compile without spills and fit 227 KiB."""
-    return Config(block_m=128, block_n=128, num_warps=4, num_stages=1)
+    return Config(block_m=128, block_n=128, num_warps=4, num_stages=2 if head_dim > 64 else 3)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "stride_lh"])
@@ -156,10 +159,7 @@ def unavailable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -
     if q.shape[2] not in HEAD_DIMS:
         return f"head_dim {q.shape[2]} is not among {HEAD_DIMS}"
     if isinstance(hopper_forward, triton.JITFunction):  # it is compiled, not interpreted
-        if q.device.type != "cuda":
-            return f"it needs a Hopper GPU, and the tensors are on {q.device}"
-        if torch.version.hip is not None or torch.cuda.get_device_capability(q.device) != (9, 0):
-            return f"it needs a Hopper GPU, and this is {torch.cuda.get_device_name(q.device)}"
+        return BROKEN
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.data_ptr() % ALIGNMENT or x.stride(0) == 0 or any(stride * x.itemsize % ALIGNMENT for stride in x.stride()[:2]):
             return f"TMA needs addresses and strides that are multiples of {ALIGNMENT} bytes, got {name} with strides {x.stride()[:2]}"

@@ -40,7 +40,6 @@ END = tl.constexpr(1 << 30)
 """A row past every pack's end."""
 EXACT = tl.constexpr(1 << 22)
 """i // n is i * ceil(EXACT / n) >> 22 for all i < 128 and n <= 128: what is added to i is below 128^2 / EXACT < 1 / n."""
-HEADS, STAGES = 4, 2
 SITE = tl.constexpr(256)
 """From the number of a key to that of the same frame at the next site."""
 
@@ -102,51 +101,60 @@ def _see(queries, keys, KEYS_FIRST: tl.constexpr, RULE):
     return seen
 
 
+@triton.jit
+def _copied(acc, v, copies, DIMS):
+    """Rows of v in place of those of acc."""
+    x = (tl.where(copies[:, None], v[0], acc[0]),)
+    if DIMS[2] > 0:
+        x += (tl.where(copies[:, None], v[1], acc[1]),)
+    if DIMS[3] > 0:
+        x += (tl.where(copies[:, None], v[2], acc[2]),)
+    return x
+
+
 @triton.jit(do_not_specialize=["num_tiles", "stride_lh"])
 def temporal_forward(
     tiles_ptr, q_turn, k_turn, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, spans_ptr, kv_spans_ptr, known_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh, stride_lh, scale_log2, heads, num_tiles,
-    GROUP: tl.constexpr, UNIT: tl.constexpr, HEADS: tl.constexpr, STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_TEXT: tl.constexpr, RULE, DIMS,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_TEXT: tl.constexpr, RULE, DIMS,
 ):  # fmt: skip
-    """BLOCK_M // frames sites of a clip, of HEADS heads. A site with a single frame gives its value, bit for bit."""
+    """BLOCK_M // frames sites of a clip, of one head. A site with a single frame gives its value, bit for bit."""
     (
         stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     ) = (
         stride_qt * UNIT, stride_qh * UNIT, stride_kt * UNIT, stride_kh * UNIT, stride_vt * UNIT, stride_vh * UNIT, stride_ot * UNIT,
         stride_oh * UNIT,
     )  # fmt: skip
-    groups = tl.cdiv(heads, HEADS)
-    tiles_ptr += 2 * (tl.program_id(0) // groups)
-    first_head = tl.program_id(0) % groups * HEADS
+    tiles_ptr += 2 * (tl.program_id(0) // heads)
+    head = (tl.program_id(0) % heads).to(tl.int64)
     clip, site = tl.load(tiles_ptr), tl.load(tiles_ptr + 1)
     if clip < 0:
         return
     rows, t, keys, _u, of_queries, of_keys, single = _place(spans_ptr, kv_spans_ptr, known_ptr, clip, site, BLOCK_M, RULE)
-    for nth_head in tl.range(0, tl.minimum(heads - first_head, HEADS), num_stages=STAGES):
-        head = first_head.to(tl.int64) + nth_head
-        k_head, v_head = k_ptr + head // GROUP * stride_kh, v_ptr + head // GROUP * stride_vh
-        q = _load_parts(q_ptr + head * stride_qh, 0, 1, rows, END, stride_qt, False, DIMS)
-        q = norm_rope(q, rows, rows < END, q_turn, DIMS)
-        k = _load_parts(k_head, 0, 1, keys, END, stride_kt, False, DIMS)
-        k = norm_rope(k, keys, keys < END, k_turn, DIMS)
-        v = _load_parts(v_head, 0, 1, keys, END, stride_vt, False, DIMS)
-        s = tl.where(_see(of_queries, of_keys, False, RULE), _product(q, k, DIMS), -float("inf"))
-        peak = tl.max(s, 1) * scale_log2
-        level = tl.where(peak == -float("inf"), 0.0, peak)
-        p = tl.exp2(tl.fma(s, scale_log2, -level[:, None]))
-        if v[0].dtype == tl.float32:
-            p = tl.where(single & (s > -float("inf")), 1.0, p)  # a rounding away from it
-        total = tl.sum(p, 1)
-        acc = _add_product(_zeros(BLOCK_M, DIMS), p.to(v[0].dtype), v, DIMS)
-        if HAS_TEXT:
-            text = sequence(kv_spans_ptr, clip, TEXT, False)
-            context = q, t, False, k_head, v_head, known_ptr, stride_kt, stride_vt, scale_log2, k_turn, None, None, 0, 0
-            acc, peak, total, _unit = _attend((acc, peak, total, 1.0), context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS)
-        share = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]  # a query that saw nothing gives zeros, NaN stays NaN
-        _store_parts(out_ptr + head * stride_oh, _times(acc, share, DIMS), 0, 1, rows, END, stride_ot, DIMS)
-        lse = tl.where(total == 0.0, -float("inf"), (peak + tl.log2(total)) * LN_2)
-        tl.store(lse_ptr + head * stride_lh + rows, lse, mask=rows < END)
+    k_ptr += head // GROUP * stride_kh
+    v_ptr += head // GROUP * stride_vh
+    q = _load_parts(q_ptr + head * stride_qh, 0, 1, rows, END, stride_qt, False, DIMS)
+    q = norm_rope(q, rows, rows < END, q_turn, DIMS)
+    k = _load_parts(k_ptr, 0, 1, keys, END, stride_kt, False, DIMS)
+    k = norm_rope(k, keys, keys < END, k_turn, DIMS)
+    v = _load_parts(v_ptr, 0, 1, keys, END, stride_vt, False, DIMS)
+    s = tl.where(_see(of_queries, of_keys, False, RULE), _product(q, k, DIMS), -float("inf"))
+    peak = tl.max(s, 1) * scale_log2
+    level = tl.where(peak == -float("inf"), 0.0, peak)
+    p = tl.exp2(tl.fma(s, scale_log2, -level[:, None]))
+    total = tl.sum(p, 1)
+    acc = _add_product(_zeros(BLOCK_M, DIMS), p.to(v[0].dtype), v, DIMS)
+    if v[0].dtype == tl.float32:  # else what is a rounding of float32 away from a value is rounded to it
+        copies = single & (total > 0.0)
+        acc, total = _copied(acc, v, copies, DIMS), tl.where(copies, 1.0, total)
+    if HAS_TEXT:
+        text = sequence(kv_spans_ptr, clip, TEXT, False)
+        context = q, t, False, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, None, None, 0, 0
+        acc, peak, total, _unit = _attend((acc, peak, total, 1.0), context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS, k_turn)
+    share = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]  # a query that saw nothing gives zeros, NaN stays NaN
+    _store_parts(out_ptr + head * stride_oh, _times(acc, share, DIMS), 0, 1, rows, END, stride_ot, DIMS)
+    lse = tl.where(total == 0.0, -float("inf"), (peak + tl.log2(total)) * LN_2)
+    tl.store(lse_ptr + head * stride_lh + rows, lse, mask=rows < END)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "stride_lh"])
@@ -196,8 +204,8 @@ def temporal_backward(
         dq = _add_product(_zeros(BLOCK_M, DIMS), tl.trans(ds), k, DIMS)
         if HAS_TEXT:
             text = sequence(kv_spans_ptr, clip, TEXT, False)
-            context = q, do, lse, delta, t, False, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, k_turn
-            dq = _pull(dq, context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS)
+            context = q, do, lse, delta, t, False, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2
+            dq = _pull(dq, context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS, k_turn)
         dq = _times(dq, scale, DIMS)
         if q_turn is not None:
             # Loaded again rather than kept in registers meanwhile.
@@ -209,9 +217,9 @@ def temporal_backward(
             text = sequence(spans_ptr, clip, TEXT, False)
             context = (
                 k, v, u, of_keys[1], False, q_ptr + head * stride_qh, do_ptr + head * stride_doh, lse_ptr + head * stride_lh,
-                delta_ptr + head * stride_lh, stride_qt, stride_dot, scale_log2, q_turn,
+                delta_ptr + head * stride_lh, stride_qt, stride_dot, scale_log2,
             )  # fmt: skip
-            dk, dv = _push((dk, dv), context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS)
+            dk, dv = _push((dk, dv), context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS, q_turn)
     dk = _times(dk, scale, DIMS)
     if k_turn is not None:
         raw = _load_parts(k_ptr, 0, 1, keys, END, stride_kt, False, DIMS)
@@ -241,9 +249,9 @@ def forward_temporal(
         if not len(table):
             continue
         launch(
-            temporal_forward, config(rows, wide=turns.how is not None and q.shape[2] > 64), table, -(-heads // HEADS),
+            temporal_forward, config(rows, wide=turns.how is not None and q.shape[2] > 64), table, heads,
             *turns(), q, k, v, out, lse, *launch.tables[:3], *strides(q, k, v, out, unit=unit), lse.stride(0), scale_log2, heads,
-            HAS_TEXT=_has_text(kv_layout), UNIT=unit, HEADS=HEADS, STAGES=STAGES,
+            HAS_TEXT=_has_text(kv_layout), UNIT=unit,
         )  # fmt: skip
 
 
@@ -284,7 +292,7 @@ def longest(q: torch.Tensor, backward: bool = False) -> int:
 @lru_cache
 def sizes(head_dim: int, dtype: torch.dtype, shared_memory: int, amd: bool, hopper: bool, backward: bool = False) -> tuple[int, ...]:
     """Of the tiles that compile without spills (tests/codegen.json) and fit `shared_memory`, in bytes a block: rows, fewest first."""
-    if dtype.itemsize == 1 or (backward and amd):
+    if dtype.itemsize == 1 or (backward and (amd or split_head_dim(head_dim)[1] > 16)):  # on an H100 that of 96 read where nothing was
         return ()
     if dtype.itemsize > 2:
         rows = (64,) if head_dim <= 64 and not backward else ()

@@ -35,7 +35,8 @@ def gelu_quantize_reference(x: torch.Tensor, approximate: str) -> tuple[torch.Te
 
 def _quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     x = x.to(dtype)
-    scale = (x.abs().amax(dim=-1) / LARGEST).float()
+    # By a tensor: a GPU's division by a number is a product with its inverse, a rounding away.
+    scale = (x.abs().amax(dim=-1) / x.new_full((), LARGEST)).float()
     scale = torch.where(scale == 0, 1.0, scale)
     x8 = (x / scale.to(dtype)[..., None]).clamp(-LARGEST, LARGEST).to(FP8)
     return x8, scale.movedim(-1, 0).contiguous().movedim(0, -1) if scale.dim() else scale

@@ -34,10 +34,10 @@ HELD = tl.constexpr(4)
 """Of so many blocks of patch elements, `clips_to_tokens` gathers a tile once for all that it multiplies them with."""
 AT_ONCE = 24
 """Clips that are written to a table in a launch."""
-PROGRAMS = 1024
+PROGRAMS = 512
 """About so many a launch has if it can, for any GPU to be busy."""
 CHUNKS = (8, 64)
-"""For the gradient of a weight, tokens are summed in so many parts, at least and at most: as many as make PROGRAMS programs, but of no
+"""For the gradient of a weight, tokens are summed in so many parts, at least and at most: as many as make twice PROGRAMS, but of no
 fewer than SUMMED tiles.
 """
 SUMMED = 8
@@ -603,7 +603,7 @@ def gradient_of_weight(
     clips, (width, elements) = place(op, source.clips, source.starts, source.patch), (d.shape[1], source.elements)
     block_n, block_k = _power(width, 16, 128 if dtype.itemsize == 2 else 32), _power(elements, 16, 64)
     blocks = triton.cdiv(width, block_n) * triton.cdiv(elements, block_k)
-    chunk = max(SUMMED, triton.cdiv(clips.tiles, min(max(PROGRAMS // blocks, CHUNKS[0]), CHUNKS[1])))
+    chunk = max(SUMMED, triton.cdiv(clips.tiles, min(max(2 * PROGRAMS // blocks, CHUNKS[0]), CHUNKS[1])))
     chunks = triton.cdiv(clips.tiles, chunk)
     partial = d.new_empty(chunks, width, elements, dtype=torch.float32)
     sums = None if of_pixels is None else d.new_empty(chunks, elements if of_pixels else width, dtype=torch.float32)

@@ -295,7 +295,7 @@ def _load_angle(ptr, has, other: tl.constexpr, PART):
 
 @triton.jit
 def load_angles(table, head, token, there, table_rows, TILE):
-    """cos and sin of the pairs of each part, None where none turns, 1 and 0 for pairs and tokens that do not; () without a table."""
+    """cos and sin of the pairs of each part, 0 where none turns, 1 and 0 for pairs and tokens that do not; () without a table."""
     angles = ()
     if TILE.turns:
         row = token
@@ -305,7 +305,7 @@ def load_angles(table, head, token, there, table_rows, TILE):
         cos, sin = table.cos + row * (table.stride_ct * table.unit), table.sin + row * (table.stride_st * table.unit)
         for i in tl.static_range(len(TILE.parts)):
             if TILE.parts[i].turned == 0:
-                angles += (None, None)
+                angles += (0, 0)
             elif table.of_heads:
                 heads = _heads(head, TILE.parts[i])
                 angles += (
@@ -417,7 +417,7 @@ def _backward(x_ptr, side, table, program, programs, tokens, table_rows, eps, TI
         angles = load_angles(table, head, token, there, table_rows, TILE)
         back = ()
         for j in tl.static_range(len(angles)):
-            back += (-angles[j] if j % 2 == 1 and angles[j] is not None else angles[j],)
+            back += (-angles[j] if j % 2 == 1 else angles[j],)
         g = turn(g, back, TILE)
         if TILE.norm > 0:
             xhat, r = normalise(x, there, eps, TILE)
