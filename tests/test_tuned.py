@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from tubelet.engine import cli
 from tubelet.engine.pretrained import write_json
 from tubelet.kernels import FrameCausal, Full, Spatial, Temporal, tuned
@@ -315,6 +316,7 @@ def command(monkeypatch, capsys, tmp_path):
     """Run `tubelet tune attention`: (exit code, what it printed)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "console", Console(width=200))  # the command's own has the width that was set when it was made
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["tubelet", "tune", "attention", *map(str, arguments)])
