@@ -51,16 +51,21 @@ def load(paths: Sequence[Path] | None = None) -> list[tuple[Path, Run]]:
 
 
 def latest(runs: Sequence[tuple[Path, Run]]) -> list[tuple[Path, Run]]:
-    """One for each device: the newest, but a quick one only if there is no other; cases that it lacks are those of the newest before it
-    that has them. GPUs come first.
+    """Of each device the newest, but a quick one only if there is no other; and if it was not finished, the newest before it that was,
+    with the cases that the first lacks. GPUs come first.
     """
-    chosen: dict[str, tuple[Path, Run]] = {}
-    for path, run in sorted(runs, key=lambda each: (each[1].level != "quick", each[1].date)):
-        found = {(each.op, each.case) for each in run.measurements}
-        older = chosen[run.device][1].measurements if run.device in chosen else []
-        lacking = [each for each in older if (each.op, each.case) not in found]
-        chosen[run.device] = path, replace(run, measurements=[*run.measurements, *lacking])
-    return sorted(chosen.values(), key=lambda each: (each[1].kind != "cuda", each[1].device))
+    devices: dict[str, list[tuple[Path, Run]]] = {}
+    for path, run in sorted(runs, key=lambda each: (each[1].level != "quick", each[1].date), reverse=True):
+        devices.setdefault(run.device, []).append((path, run))
+    chosen = []
+    for (path, newest), *older in devices.values():
+        chosen.append((path, newest))
+        has = {(each.op, each.case) for each in newest.measurements}
+        for path, run in older:
+            if run.complete and not newest.complete:
+                chosen.append((path, replace(run, measurements=[each for each in run.measurements if (each.op, each.case) not in has])))
+                break
+    return sorted(chosen, key=lambda each: (each[1].kind != "cuda", each[1].device))
 
 
 def rows(run: Run) -> list[Row]:
@@ -123,7 +128,7 @@ def write_report(runs: Sequence[tuple[Path, Run]], out: Path) -> list[Path]:
     so.
     """
     out.mkdir(exist_ok=True)
-    pictures = {run.device: _pictures(run, out) for _, run in runs}
+    pictures = {path: _pictures(path, run, out) for path, run in runs}
     markdown, page = out / "report.md", out / "report.html"
     markdown.write_text(_markdown(runs, pictures))
     page.write_text(_html(runs, pictures))
@@ -147,10 +152,8 @@ def speed_section(runs: Sequence[tuple[Path, Run]]) -> str:
     for path, run in runs:
         shown = [row for row in rows(run) if row.ours and row.op not in ("length", "packing")]
         what = f"**{run.device}**" + ("" if run.kind == "cuda" else " (a CPU: no GPU was used)")
-        lines = [
-            f"{what}, {run.date[:10]}, commit {(run.commit or 'unknown')[:8]}, torch {run.versions.get('torch', '?')}, from `{path.name}`:",
-            "",
-        ]
+        commit = (run.commit or "unknown")[:8] + (" with changes" if run.dirty else "")
+        lines = [f"{what}, {run.date[:10]}, commit {commit}, torch {run.versions.get('torch', '?')}, from `{path.name}`:", ""]
         lines += ["| op | case | ours, ms | best peer, ms | times as fast | of the floor |", "|---|---|---|---|---|---|"]
         for row in shown:
             peer = f"{row.time(row.peer):.3g} ({row.peer.implementation})" if row.peer else "-"
@@ -200,9 +203,9 @@ def _markdown(runs, pictures) -> str:
     parts = ["# Benchmarks of tubelet", "", "What each figure means is told in bench/README.md.", ""]
     for path, run in runs:
         parts += [f"## {run.device}", "", *(f"{line}  " for line in _heading(run)), f"From {path.name}.", ""]
-        for title, picture in pictures[run.device].items():
+        for title, picture in pictures[path].items():
             parts += [f"![{title}]({picture.name})", ""]
-        if not pictures[run.device]:
+        if not pictures[path]:
             parts += ["No pictures: matplotlib is not installed (`pip install tubelet[bench]`).", ""]
         fits = exponents(run)
         if fits:
@@ -239,7 +242,7 @@ def _markdown(runs, pictures) -> str:
     return "\n".join(parts)
 
 
-def _pictures(run: Run, out: Path) -> dict[str, Path]:
+def _pictures(of: Path, run: Run, out: Path) -> dict[str, Path]:
     """title -> file."""
     try:
         import matplotlib
@@ -249,7 +252,6 @@ def _pictures(run: Run, out: Path) -> dict[str, Path]:
     from matplotlib import pyplot
 
     found = {}
-    slug = "".join(c if c.isalnum() else "-" for c in run.device.lower()).strip("-")
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK, "text.color": INK}
     with pyplot.rc_context(style):
         for name, title, draw in (
@@ -261,7 +263,7 @@ def _pictures(run: Run, out: Path) -> dict[str, Path]:
         ):
             figure = draw(run, pyplot)
             if figure is not None:
-                path = out / f"{slug}-{name}.png"
+                path = out / f"{of.stem}-{name}.png"
                 figure.savefig(path, dpi=150, bbox_inches="tight")
                 pyplot.close(figure)
                 found[f"{title}, {run.device}"] = path
@@ -398,7 +400,7 @@ def _html(runs, pictures) -> str:
         images = "".join(
             f'<figure><figcaption>{html.escape(title)}</figcaption><img alt="{html.escape(title)}" '
             f'src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"></figure>'
-            for title, picture in pictures[run.device].items()
+            for title, picture in pictures[path].items()
         )
         lines = "".join(f"<p>{html.escape(line)}</p>" for line in _heading(run))
         sections.append(f"<section><h2>{html.escape(run.device)}</h2>{lines}<p>From {html.escape(path.name)}.</p>{images}</section>")

@@ -28,8 +28,8 @@ def all_tiles():
     """Compiled, tiles of float32 would spill; interpreted, they are what shows the sums best."""
     sizes = temporal.sizes
 
-    def sizes_of_half(head_dim, dtype, **options):
-        return sizes(head_dim, torch.float16, **options)
+    def sizes_of_half(head_dim, dtype, *options):
+        return sizes(head_dim, torch.float16, *options)
 
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":

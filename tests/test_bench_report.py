@@ -147,6 +147,19 @@ def test_latest_prefers_more_than_quick(tmp_path):
     assert report.latest([old, quick, new]) == [new] and report.latest([quick]) == [quick]
 
 
+def test_an_unfinished_run_has_one_that_was_finished_beside_it(tmp_path):
+    finished, unfinished = (
+        (tmp_path / name, a_run(date=f"2026-11-{day}T10:00:00+00:00", complete=complete))
+        for name, day, complete in (("a", 10, True), ("b", 11, False))
+    )
+    unfinished[1].measurements = [each for each in unfinished[1].measurements if each.op == "temporal"]
+    first, second = report.latest([finished, unfinished])
+    assert first == unfinished and second[0] == finished[0]
+    assert {each.op for each in second[1].measurements} == {each.op for each in finished[1].measurements} - {"temporal"}
+    section = report.speed_section([first, second])
+    assert section.count("| temporal | Latte |") == 1 and section.index("`b`") < section.index("| temporal") < section.index("`a`")
+
+
 def test_the_readme_says_where_there_is_no_gpu(tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")

@@ -1,4 +1,6 @@
-"""The ledger of what the kernels compile to: nothing spills, or little, everything fits, the tensor cores are used. No GPU is needed."""
+"""The ledger of what the kernels compile to: nothing spills that was not measured to be fast all the same, everything fits, the
+tensor cores are used. No GPU is needed.
+"""
 
 import json
 import os
@@ -13,7 +15,9 @@ import codegen
 from codegen_calls import CALLS
 
 MEASURED = 96
-"""Bytes spilled by the largest tiles, which were the fastest on an H100 all the same, by up to a half."""
+"""Bytes that the block kernels may spill on Hopper at head dims 65 to 128, where settings are not the largest that spill nothing, but the
+fastest of an H100; the ledger holds how many each does.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,8 @@ def test_the_ledger_is_what_the_compiler_makes(compiled):
 @pytest.mark.parametrize("case", codegen.CASES, ids=str)
 def test_a_kernel_fits_and_uses_the_tensor_cores(compiled, case):
     figures = compiled["cases"][str(case)]
-    assert figures["stack"] <= (MEASURED if case.gpu == "sm_90" and case.kernel in codegen.KERNELS and case.dtype == "bf16" else 0)
+    measured = case.gpu == "sm_90" and case.kernel in codegen.KERNELS and case.dtype == "bf16" and 64 < case.head_dim <= 128
+    assert figures["stack"] <= (MEASURED if measured else 0), "registers are spilled"
     assert figures["shared"] <= codegen.SHARED_MEMORY[case.gpu]
     if case.kernel == codegen.HOPPER:
         assert figures["wgmma"] > 0 and figures["tma"] > 0 and figures["setmaxnreg"] > 0

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from tubelet.kernels import (
     Engagement,
     Full,
@@ -19,7 +20,7 @@ from tubelet.kernels import (
     qk_norm_rope,
     reset_engaged,
 )
-from tubelet.kernels.dispatch import select
+from tubelet.kernels.dispatch import as_operator, select
 
 LAYOUT = VideoLayout.pack([(1, 2, 2)])
 HEADS = torch.zeros(4, 2, 8)
@@ -154,3 +155,43 @@ def test_imports_with_torch_alone(tmp_path):
     ran = subprocess.run([sys.executable, "-c", ON_TORCH_ALONE], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == ["1"]
+
+
+@as_operator("tubelet_tests::double")
+def double(x: torch.Tensor, more: list[torch.Tensor]) -> torch.Tensor:
+    return 2 * x
+
+
+@double.register_fake
+def _(x, more):
+    return torch.empty_like(x)
+
+
+def _save(ctx, inputs, output):
+    ctx.more = len(inputs[1])
+
+
+double.register_autograd(lambda ctx, g: (2 * g, [None] * ctx.more), setup_context=_save)
+
+
+def test_an_operator_is_one_where_torch_looks():
+    """And else a call of the function."""
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **kwargs or {})
+
+    names, x = [], torch.ones(3)
+    with Names():
+        assert double(x, []).tolist() == [2, 2, 2]
+    assert "tubelet_tests.double.default" in names
+    leaf = x.clone().requires_grad_()
+    double(leaf, []).sum().backward()
+    assert leaf.grad.tolist() == [2, 2, 2]
+    assert double(x, [leaf]).requires_grad and not double(x, []).requires_grad
+    with torch.no_grad():
+        assert not double(leaf, []).requires_grad
+    assert double(torch.ones(3, device="meta"), []).is_meta
+    compiled = torch.compile(lambda x: double(x, []) + 1, fullgraph=True, backend="aot_eager")
+    assert compiled(x).tolist() == [3, 3, 3]

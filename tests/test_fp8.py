@@ -95,7 +95,7 @@ def test_attention(name, mask, implementation):
         assert_close(out[clip.start : clip.stop], wanted[clip.start : clip.stop], torch.bfloat16, ALLOWED[implementation])
     _, wanted_lse = attention(*exact, layout, mask, return_lse=True, implementation="reference")
     seen = wanted_lse.isfinite()
-    assert_close(lse[seen], wanted_lse[seen], torch.float32, FP8_SUMS if DEVICE == "cuda" else None)
+    assert_close(lse[seen], wanted_lse[seen], torch.float32, FP8_SUMS if DEVICE == "cuda" and implementation == "triton" else None)
     assert torch.equal(lse.isfinite(), seen)
 
 

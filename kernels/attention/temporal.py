@@ -244,7 +244,7 @@ def forward_temporal(
 ) -> None:
     """Writes out (tokens, heads, head_dim) and lse (heads, tokens) of the frames of short clips."""
     unit, heads = unit_of(q, k, v, out), q.shape[1]
-    for rows in sizes(q.shape[2], q.dtype, **limits(q.device)):
+    for rows in _sizes(q):
         table = site_tiles(layout, rows, kv_layout)
         if not len(table):
             continue
@@ -274,7 +274,7 @@ def backward_temporal(
 ) -> None:
     """Writes dq, dk, dv, and delta, the inner products of do and out (heads, tokens), of the frames of short clips; reads that of text."""
     unit = unit_of(q, k, v, out, do)
-    for rows in sizes(q.shape[2], q.dtype, **limits(q.device), backward=True):
+    for rows in _sizes(q, backward=True):
         table = site_tiles(layout, rows, kv_layout)
         launch(
             temporal_backward, config(rows, backward=True), table, k.shape[1],
@@ -286,13 +286,20 @@ def backward_temporal(
 
 def longest(q: torch.Tensor, backward: bool = False) -> int:
     """The most frames that the kernel takes; 0 if it cannot run."""
-    return max(sizes(q.shape[2], q.dtype, **limits(q.device), backward=backward), default=0)
+    return max(_sizes(q, backward), default=0)
+
+
+def _sizes(q: torch.Tensor, backward: bool = False) -> tuple[int, ...]:
+    room = limits(q.device)
+    return sizes(q.shape[2], q.dtype, room["shared_memory"], room["amd"], backward)
 
 
 @lru_cache
-def sizes(head_dim: int, dtype: torch.dtype, shared_memory: int, amd: bool, hopper: bool, backward: bool = False) -> tuple[int, ...]:
+def sizes(head_dim: int, dtype: torch.dtype, shared_memory: int, amd: bool, backward: bool = False) -> tuple[int, ...]:
     """Of the tiles that compile without spills (tests/codegen.json) and fit `shared_memory`, in bytes a block: rows, fewest first."""
-    if dtype.itemsize == 1 or (backward and (amd or split_head_dim(head_dim)[1] > 16)):  # on an H100 that of 96 read where nothing was
+    if dtype.itemsize == 1 or (backward and amd):
+        return ()
+    if backward and split_head_dim(head_dim)[1] > 16:  # at 96, with text, Triton 3.6 made it read outside of memory on an H100
         return ()
     if dtype.itemsize > 2:
         rows = (64,) if head_dim <= 64 and not backward else ()
