@@ -56,3 +56,9 @@ def right_conversions():
         patch.setattr(interpreter, "_convert_float", convert_rightly)
         patch.setattr(interpreter.InterpreterBuilder, "create_fma", create_fma)
         yield
+
+
+def pytest_generate_tests(metafunc):
+    if "tiny" in metafunc.fixturenames:  # of `adapter_checks`
+        models = metafunc.module.MODELS
+        metafunc.parametrize("tiny", models.values(), ids=models)

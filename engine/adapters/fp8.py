@@ -1,0 +1,68 @@
+"""Linears of a model in E4M3: a scale for each row of the activations and for each output channel of the weight.
+
+The quantised weight lies beside the module's own, which stays what it was, for the state dict and for `restore`. Both are kept as integers
+of the same bits: `model.to(dtype)` would round numbers.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from tubelet.kernels import fp8_linear, gelu_quantize_rows, quantize_rows
+
+if TYPE_CHECKING:
+    from .swaps import Swaps
+
+WEIGHT, SCALE = "weight_e4m3_bits", "weight_scale_bits"
+Rows = Tensor | tuple[Tensor, Tensor]
+"""Activations (..., channels), or as E4M3 with the scales of their rows (...)."""
+
+
+def unavailable(linear: nn.Module) -> str | None:
+    """Why a linear cannot be computed in E4M3, if it cannot."""
+    if type(linear) is not nn.Linear:
+        return f"it is a {type(linear).__name__}"
+    if linear.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"its weight is of {linear.weight.dtype}"
+    if linear.in_features % 16 or linear.out_features % 16:
+        return f"{linear.in_features} to {linear.out_features} channels are no multiples of 16"
+    return None
+
+
+def swap(swaps: "Swaps", linear: nn.Linear) -> None:
+    """Quantise the weight, and compute with it from now on."""
+    weight8, scale = quantize_rows(linear.weight.detach())
+    for name, value in ((WEIGHT, weight8.view(torch.uint8)), (SCALE, scale.contiguous().view(torch.int32))):
+        linear.register_buffer(name, value, persistent=False)
+        swaps.undo.append(partial(delattr, linear, name))
+    swaps.set(linear, "forward", partial(_forward, linear, swaps=swaps))
+
+
+def serves(*linears: nn.Module) -> bool:
+    """Whether all of these are computed in E4M3, so that they take rows that are quantised already."""
+    return all(WEIGHT in getattr(linear, "_buffers", ()) for linear in linears)
+
+
+def rows(x: Rows, swaps: "Swaps") -> tuple[Tensor, Tensor]:
+    """Activations in E4M3, if they are not yet."""
+    return x if isinstance(x, tuple) else quantize_rows(x, implementation=swaps.implementation)
+
+
+def feed_forward(module: nn.Module, x: Rows, *, swaps: "Swaps") -> Tensor:
+    """The MLP of diffusers' `FeedForward`; where both of its products are in E4M3, what lies between them is one op."""
+    first, *rest = module.net
+    last = next(layer for layer in rest if isinstance(layer, nn.Linear))
+    if serves(first.proj, last) and type(first).__name__ == "GELU" and not (module.training and any(getattr(d, "p", 0) for d in rest)):
+        return last(gelu_quantize_rows(first.proj(x), first.approximate, implementation=swaps.implementation))
+    for layer in module.net:
+        x = layer(x)
+    return x
+
+
+def _forward(linear: nn.Linear, x: Rows, *, swaps: "Swaps") -> Tensor:
+    dtype = linear.weight.dtype if isinstance(x, tuple) else x.dtype
+    x8, scale = rows(x, swaps)
+    weight8, weight_scale = getattr(linear, WEIGHT).view(torch.float8_e4m3fn), getattr(linear, SCALE).view(torch.float32)
+    how = {"out_dtype": dtype, "implementation": swaps.implementation}
+    return fp8_linear(x8, weight8, weight_scale, linear.bias, x_scale=scale, **how)

@@ -1,0 +1,156 @@
+"""Wan 2.1 and 2.2 (Wan Team 2025), and what shares its blocks.
+
+What is computed otherwise than in diffusers: hidden states are never copied to float32, norms, modulation, gates and rotary positions are
+one op each. A timestep for each token (Wan 2.2 TI2V) is taken for what it is: a few timesteps, and the index of each token's.
+"""
+
+import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers import transformer_wan as wan
+from diffusers.utils import apply_lora_scale
+from torch import Tensor, nn
+
+from . import ops
+from .fp8 import Rows, serves
+from .swaps import Processor, Swaps
+
+TEXT_TOKENS = 512
+"""Of the text, which the processor of image-to-video models takes to lie behind the image's."""
+MOST_TIMESTEPS = 256
+"""Different timesteps of tokens in one call, or one for each frame if these are more."""
+
+
+def swap(swaps: Swaps) -> None:
+    """Serve a WanTransformer3DModel."""
+    swaps.patches("patch_embedding")
+    for name, _ in list(swaps.named(wan.WanAttention)):
+        swap_attention(swaps, name)
+    for name, _ in list(swaps.named(wan.WanTransformerBlock)):
+        swap_block(swaps, name)
+    if swaps.forward("", forward, {"timesteps of tokens": ("modulated_norm", "gated_residual")}, kind=wan.WanTransformer3DModel):
+        swaps.last_layer("norm_out", "proj_out")
+
+
+def swap_attention(swaps: Swaps, where: str) -> None:
+    """Serve a WanAttention."""
+    swaps.processor(where, attend, wan.WanAttnProcessor, "qk_norm_rope", "attention", norms=("norm_q", "norm_k", "norm_added_k"))
+
+
+def swap_block(swaps: Swaps, where: str) -> None:
+    """Serve a WanTransformerBlock."""
+    module = swaps.module(where)
+    swaps.linears(where)
+    swaps.feed_forward(f"{where}.ffn")
+    sites = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}
+    if swaps.forward(where, block, sites, kind=wan.WanTransformerBlock):
+        for norm in ("norm1", "norm2", "norm3"):
+            if not isinstance(getattr(module, norm), nn.Identity):
+                swaps.serve("norm", f"{where}.{norm}", "modulated_norm")
+
+
+def attend(
+    attn: nn.Module,
+    hidden_states: Rows,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    rotary_emb: tuple[Tensor, Tensor] | None = None,
+    *,
+    swaps: Swaps,
+) -> Tensor:
+    """What WanAttnProcessor computes."""
+    image = None
+    if attn.add_k_proj is not None:
+        image, encoder_hidden_states = encoder_hidden_states.tensor_split((encoder_hidden_states.shape[1] - TEXT_TOKENS,), dim=1)
+    cross = encoder_hidden_states is not None
+    lengths, *texts = ops.ordered(attention_mask, encoder_hidden_states) if cross else (None, None)
+    q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in wan._get_qkv_projections(attn, hidden_states, *texts))
+    cos, sin = (None, None) if rotary_emb is None else (table[0, :, 0] for table in ops.repeated_neighbours(*rotary_emb))
+    q, k = ops.norm_rope(q, k, q_norm=attn.norm_q, k_norm=attn.norm_k, cos=cos, sin=sin, across_heads=True, swaps=swaps)
+    out = ops.attend(q, k, v, cross=cross, lengths=lengths, swaps=swaps).flatten(2)
+    if image is not None:
+        k, v = (x.unflatten(-1, (attn.heads, -1)) for x in wan._get_added_kv_projections(attn, image))
+        k = ops.modulate(k.flatten(2), attn.norm_added_k, swaps=swaps).unflatten(-1, (attn.heads, -1))
+        out = out + ops.attend(q, k, v, cross=True, swaps=swaps).flatten(2)
+    for layer in attn.to_out:
+        out = layer(out)
+    return out
+
+
+def block(
+    module: nn.Module,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor | tuple[Tensor, Tensor],
+    rotary_emb: tuple[Tensor, Tensor],
+    *,
+    swaps: Swaps,
+) -> Tensor:
+    """What WanTransformerBlock computes. temb: (batch, 6, dim), (batch, stretches of tokens, 6, dim), or what `Timesteps` gives."""
+    temb, rows = temb if isinstance(temb, tuple) else (temb, None)
+    x, how = hidden_states, {"swaps": swaps, "rows": rows}
+    shift, scale, gate, shift2, scale2, gate2 = (module.scale_shift_table + temb.float()).unbind(-2)
+    h = ops.modulate(x, module.norm1, shift, scale, fp8=_takes_fp8(module.attn1), **how)
+    y = module.attn1(h, None, None, rotary_emb)
+    if isinstance(module.norm2, nn.Identity):
+        h = x = ops.gate(x, y, gate, **how)
+    else:
+        x, h = ops.gate_and_modulate(x, y, gate, module.norm2, fp8=_takes_fp8(module.attn2), **how)
+    y = module.attn2(h, encoder_hidden_states, None, None)
+    x, h = ops.gate_and_modulate(x, y, None, module.norm3, shift2, scale2, fp8=serves(module.ffn.net[0].proj), **how)
+    return ops.gate(x, module.ffn(h), gate2, **how)
+
+
+def _takes_fp8(attn: nn.Module) -> bool:
+    """Whether an attention module takes E4M3: all that read its input do, and know it."""
+    reads = (attn.to_q,) if attn.is_cross_attention else (attn.to_q, attn.to_k, attn.to_v)
+    return isinstance(attn.processor, Processor) and not attn.fused_projections and serves(*reads)
+
+
+@apply_lora_scale("attention_kwargs")
+def forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    timestep: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_hidden_states_image: Tensor | None = None,
+    return_dict: bool = True,
+    attention_kwargs: dict | None = None,
+    *,
+    swaps: Swaps,
+) -> Transformer2DModelOutput | tuple[Tensor]:
+    """What WanTransformer3DModel computes."""
+    patch = self.config.patch_size
+    grid = [side // p for side, p in zip(hidden_states.shape[2:], patch, strict=True)]
+    rotary_emb = self.rope(hidden_states)
+    x = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+    if timestep.ndim == 2:
+        timestep, rows = distinct(timestep, max(MOST_TIMESTEPS, len(x) * grid[0]))
+    else:
+        rows = None
+    temb, modulation, text, image = self.condition_embedder(timestep, encoder_hidden_states, encoder_hidden_states_image)
+    modulation = modulation.unflatten(-1, (6, -1))
+    text = text if image is None else torch.cat((image, text), dim=1)
+    step = modulation if rows is None else (modulation, rows)
+    for layer in self.blocks:
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            x = self._gradient_checkpointing_func(layer, x, text, step, rotary_emb)
+        else:
+            x = layer(x, text, step, rotary_emb)
+    shift, scale = (self.scale_shift_table.to(temb.device) + temb[:, None]).to(x.device).unbind(1)
+    x = ops.project(x, self.proj_out, self.norm_out, shift, scale, rows=rows, swaps=swaps)
+    x = x.unflatten(1, grid).unflatten(-1, (*patch, -1)).permute(0, 7, 1, 4, 2, 5, 3, 6)
+    x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    return Transformer2DModelOutput(sample=x) if return_dict else (x,)
+
+
+def distinct(timestep: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Of timesteps of tokens (batch, tokens), those that differ, in a table of fixed size (at most `most`,), and the row of each token,
+    int32 (batch * tokens,). The host does not wait; more of them than `most` raise RuntimeError, on a GPU as an assertion of the device.
+    """
+    values, order = timestep.flatten().sort()
+    row = torch.nn.functional.pad((values[1:] != values[:-1]).cumsum(0), (1, 0))
+    most = min(most, len(values))
+    torch._assert_async(row[-1] < most, f"timestep: expected at most {most} different ones of tokens in a call")
+    row = row.clamp(max=most - 1)
+    table = values[:1].expand(most).clone().index_put((row,), values)
+    return table, torch.empty_like(row, dtype=torch.int32).scatter(0, order, row.int())

@@ -1,0 +1,178 @@
+"""What must hold for every model that `accelerate` knows: `AdapterTests`, which the files test_adapters_*.py run on small ones of theirs.
+
+Such a file has MODELS, a dict of `Tiny` models by name, and `class TestModels(AdapterTests)`.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from tubelet.engine.adapters import accelerate
+from tubelet.kernels import engaged, reset_engaged
+
+SAME = 1e-5
+"""The relative error, norm-wise, that is allowed in float32."""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A small model with random weights, and what to call it with.
+
+    build: makes the model, on the CPU in float32. inputs: keyword arguments of forward, one dict for each case, by name. outputs: what of a
+    result is compared, one tensor or several (of padded texts, what is there alone). compiles: why torch.compile(fullgraph=True) cannot
+    take the untouched model, if so. ops: of `tubelet.kernels`, what has to run in a forward pass. fp8: whether there are linears for E4M3.
+    """
+
+    build: Callable[[], torch.nn.Module]
+    inputs: dict[str, dict[str, Any]]
+    ops: frozenset[str]
+    outputs: Callable[[Any], Any] = lambda out: out[0]
+    compiles: str | None = None
+    fp8: bool = True
+    servable: frozenset[str] = field(default_factory=frozenset)  # names of sites that are left alone, with a reason, in spite of `strict`
+
+
+def make(tiny: Tiny) -> torch.nn.Module:
+    """The model, all of its weights random: what is initialised to zero would hide what is wrong."""
+    torch.manual_seed(0)
+    model = tiny.build().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and not parameter.count_nonzero():
+                parameter.normal_(std=0.02)
+            elif parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def run(model: torch.nn.Module, tiny: Tiny, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """What is compared of a forward pass."""
+    out = tiny.outputs(model(**copy.copy(inputs), return_dict=False))
+    return list(out) if isinstance(out, tuple | list) else [out]
+
+
+def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor], allowed: float = SAME) -> None:
+    """Norm-wise, relative; NaN fails."""
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        assert b.isfinite().all() and b.count_nonzero()
+        error = float((a.double() - b.double()).norm() / b.double().norm())
+        assert error <= allowed, f"relative error {error:.2e}, allowed: {allowed:.2e}"
+
+
+class AdapterTests:
+    """The checks. `tiny` comes from the file's MODELS."""
+
+    def test_same_numbers(self, tiny: Tiny):
+        model, other = make(tiny), make(tiny)
+        with torch.no_grad():
+            before = [run(model, tiny, inputs) for inputs in tiny.inputs.values()]
+            report = accelerate(model, strict=not tiny.servable)
+            assert {site.where for site in report.left if site.servable} == tiny.servable, report
+            reset_engaged()
+            for name, inputs in tiny.inputs.items():
+                assert_same(run(model, tiny, inputs), before[list(tiny.inputs).index(name)])
+            assert set(report.engaged()) >= tiny.ops, report.engaged()
+            assert_every_site_is_named(report, model)
+            reset_engaged()
+            run(other, tiny, next(iter(tiny.inputs.values())))
+            assert not engaged()  # another model of the class is what it was
+            report.restore()
+            for inputs, outs in zip(tiny.inputs.values(), before, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(run(model, tiny, inputs), outs, strict=True))
+            assert not engaged()
+
+    def test_gradients(self, tiny: Tiny):
+        model, inputs = make(tiny).train(), next(iter(tiny.inputs.values()))
+
+        def gradients() -> dict[str, torch.Tensor]:
+            model.zero_grad(set_to_none=True)
+            torch.manual_seed(1)
+            sum((out * torch.randn_like(out)).sum() for out in run(model, tiny, inputs)).backward()
+            return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+        before = gradients()
+        accelerate(model)
+        after = gradients()
+        assert before.keys() == after.keys()
+        largest = max(grad.norm() for grad in before.values())
+        for name, grad in before.items():  # those near zero carry the rounding of what cancelled in them
+            error = (after[name] - grad).norm() / max(grad.norm(), 1e-3 * largest)
+            assert error < 10 * SAME, f"{name}: relative error {error:.2e}"
+
+    def test_compiled(self, tiny: Tiny):
+        if tiny.compiles:
+            pytest.skip(tiny.compiles)
+        model = make(tiny)
+        with torch.no_grad():
+            before = [run(model, tiny, inputs) for inputs in tiny.inputs.values()]
+            accelerate(model)
+            torch._dynamo.reset()
+            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            for inputs, outs in zip(tiny.inputs.values(), before, strict=True):
+                assert_same(run(compiled, tiny, inputs), outs)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are compiled: test_in_bfloat16")
+    def test_interpreted(self, tiny: Tiny):
+        model, inputs = make(tiny), next(iter(tiny.inputs.values()))
+        with torch.no_grad():
+            before = run(model, tiny, inputs)
+            report = accelerate(model, implementation="triton")
+            assert_same(run(model, tiny, inputs), before)
+        assert all("triton" in report.engaged()[op] for op in tiny.ops), report.engaged()
+
+    def test_fp8(self, tiny: Tiny):
+        if not tiny.fp8:
+            pytest.skip("its linears have no multiples of 16 channels")
+        model, inputs = make(tiny), next(iter(tiny.inputs.values()))
+        with torch.no_grad():
+            before, state = run(model, tiny, inputs), {name: value.clone() for name, value in model.state_dict().items()}
+            report = accelerate(model, precision="fp8")
+            after = run(model, tiny, inputs)
+            assert "fp8_linear" in report.engaged()
+            assert model.state_dict().keys() == state.keys()
+            report.restore()
+            assert all(torch.equal(a, b) for a, b in zip(run(model, tiny, inputs), before, strict=True))
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(after, before, strict=True)]
+        assert all(1e-5 < error < 0.15 for error in errors), errors
+
+    @pytest.mark.gpu
+    def test_in_bfloat16(self, tiny: Tiny):
+        model = make(tiny).cuda()
+        inputs = {name: to_cuda(value) for name, value in next(iter(tiny.inputs.values())).items()}
+        half = {name: as_half(value) for name, value in inputs.items()}
+        with torch.no_grad():
+            exact = run(model, tiny, inputs)
+            model = model.to(torch.bfloat16)
+            untouched = run(model, tiny, half)
+            accelerate(model)
+            ours = run(model, tiny, half)
+        for a, b, c in zip(ours, untouched, exact, strict=True):
+            assert a.isfinite().all()
+            assert (a.float() - c).norm() <= 2 * (b.float() - c).norm()
+
+
+def assert_every_site_is_named(report, model: torch.nn.Module) -> None:
+    """No linear, norm, convolution or attention module is missing in a report."""
+    spoken_of = {site.where for site in report.sites}
+    for name, module in model.named_modules():
+        known = isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.Conv3d | torch.nn.LayerNorm | torch.nn.RMSNorm)
+        assert name in spoken_of or not (known or hasattr(module, "processor") or type(module).__name__.endswith("Norm")), name
+    assert all(site.reason for site in report.left)
+    assert str(report)
+
+
+def to_cuda(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(to_cuda(each) for each in value)
+    return value.cuda() if isinstance(value, torch.Tensor) else value
+
+
+def as_half(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(as_half(each) for each in value)
+    return value.to(torch.bfloat16) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
