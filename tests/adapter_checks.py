@@ -40,7 +40,7 @@ def make(tiny: Tiny) -> torch.nn.Module:
     torch.manual_seed(0)
     model = tiny.build().eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim >= 2 and not parameter.count_nonzero():
                 parameter.normal_(std=0.02)
             elif parameter.ndim == 1:

@@ -51,10 +51,9 @@ def rows(x: Rows, swaps: "Swaps") -> tuple[Tensor, Tensor]:
 
 def feed_forward(module: nn.Module, x: Rows, *, swaps: "Swaps") -> Tensor:
     """The MLP of diffusers' `FeedForward`; where both of its products are in E4M3, what lies between them is one op."""
-    first, *rest = module.net
-    last = next(layer for layer in rest if isinstance(layer, nn.Linear))
-    if serves(first.proj, last) and type(first).__name__ == "GELU" and not (module.training and any(getattr(d, "p", 0) for d in rest)):
-        return last(gelu_quantize_rows(first.proj(x), first.approximate, implementation=swaps.implementation))
+    gelu, dropout, last, *_ = module.net
+    if serves(gelu.proj, last) and not (module.training and dropout.p):
+        return last(gelu_quantize_rows(gelu.proj(x), gelu.approximate, implementation=swaps.implementation))
     for layer in module.net:
         x = layer(x)
     return x

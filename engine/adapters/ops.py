@@ -50,15 +50,14 @@ def attend(
     *,
     swaps: "Swaps",
     mask: Mask | None = None,
-    clip: Clip = Clip(),  # noqa: B008 (it is frozen)
+    clip: Clip = Clip(),
     cross: bool = False,
     lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Attention of each entry of a batch to itself or, `cross`, to a text of its own: (batch, tokens, heads, head_dim) in q's dtype.
 
-    q: (batch, tokens, heads, head_dim); k, v: (batch, keys, kv heads, head_dim), any strides with a unit last one and each entry's tokens in
-    one run (else they are copied). mask: Full by default. clip: what an entry is. lengths: int32 (batch,), of the keys of an entry's text,
+    q: (batch, tokens, heads, head_dim); k, v: (batch, keys, kv heads, head_dim), views of fused projections too. mask: Full by default. clip: what an entry is. lengths: int32 (batch,), of the keys of an entry's text,
     which are all if `cross`, how many are there, the rest being padding, see `lengths_of`.
     """
     text = k.shape[1] if cross else clip.text
@@ -204,8 +203,8 @@ def norm_rope(
     interleaved: bool = True,
     axes: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The model's norms of queries and keys, and its rotary positions, in one op: q, k (batch, tokens, heads, head_dim), also with tokens of
-    other numbers if nothing turns.
+    """The model's norms of queries and keys, and its rotary positions, in one op. q, k: (batch, tokens, heads, head_dim), of other numbers of
+    tokens too if nothing turns.
 
     q_norm, k_norm: RMSNorm or LayerNorm modules of any library (weight, bias, eps), over head_dim or across_heads; None or Identity for
     none. cos, sin: (tokens that turn, pairs) float32, one number for each pair, or (batch, tokens, [heads,] pairs), or (tokens, heads,
@@ -237,7 +236,7 @@ def _norm(norm: nn.Module | None) -> tuple[str | None, Tensor | None, Tensor | N
 
 
 def _rotary_rows(batch: int, tokens: int, skip: tuple[int, int], own: bool, device: torch.device) -> Tensor:
-    """The row of each token in a table: of its place, or with tables of their `own` of its entry and place; -1 for one that does not turn."""
+    """The row of each token in a table: its place, or with tables of its entry's `own` entry and place; -1 for one that does not turn."""
     turning = tokens - sum(skip)
     rows = torch.arange(batch * turning if own else turning, device=device, dtype=torch.int32)
     rows = rows.view(batch, turning) if own else rows.expand(batch, turning)
@@ -382,7 +381,7 @@ def half_tables(function: Callable) -> Callable:
 
     @wraps(function)
     def remembering(cos: Tensor, sin: Tensor):
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() and cos.requires_grad:
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and cos.requires_grad):
             return function(cos, sin)
         capturing = cos.is_cuda and torch.cuda.is_current_stream_capturing()
         key = cos, sin, cos._version if not cos.is_inference() else None, capturing

@@ -45,7 +45,11 @@ class Report:
         return [site for site in self.sites if not site.served_by]
 
     def restore(self) -> None:
-        """Make the model what it was, whatever was done in between to what was not swapped. Once; later calls do nothing."""
+        """Make the model what it was. A second call does nothing. Raises ValueError, and changes nothing, if hooks were added to what was
+        swapped: remove these first.
+        """
+        for undo in self._undo:
+            getattr(undo, "check", lambda: None)()
         while self._undo:
             self._undo.pop()()
 

@@ -1,10 +1,11 @@
-"""Putting other functions in the place of a model's, one object at a time, so that nothing but that model changes, and taking them out again.
+"""Putting other functions in the place of a model's, object by object, so that nothing but that model changes, and taking them out again.
 
 A function goes in as an attribute of the module, which hides the method of its class. A module whose `forward` was replaced before, by the
 hooks of offloading or caching for instance, is left alone, since these hooks hold what they wrap: call `accelerate` before they are added.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,7 @@ class Swaps:
 
     def named(self, *kinds: type) -> Iterator[tuple[str, nn.Module]]:
         """The model's modules of exactly these classes, which an adapter was written for, with their names."""
-        return ((name, module) for name, module in self.model.named_modules() if type(module) in kinds)
+        return ((name, module) for name, module in self.model.named_modules() if _kind(module) in kinds)
 
     def refusal(self, module: nn.Module, *weights: str) -> str | None:
         """Why `forward` of a module cannot be replaced, or its `weights` not be read, if so."""
@@ -44,11 +45,17 @@ class Swaps:
             return "its forward is replaced already (hooks of offloading or caching?): call accelerate before"
         for name in weights:
             weight = getattr(module, name, None)
-            if weight is not None and type(weight) not in (torch.Tensor, nn.Parameter):
+            if weight is not None and type(weight) not in (torch.Tensor, nn.Parameter) and not self._is_gathered(module, weight):
                 return f"its {name} is a {type(weight).__name__}"
             if weight is not None and weight.is_meta:
                 return f"its {name} is kept elsewhere (offloading of single layers)"
         return None
+
+    def _is_gathered(self, module: nn.Module, weight: torch.Tensor) -> bool:
+        """Whether a weight is in shards that FSDP2 puts together before the module, or one around it, is called."""
+        if type(weight).__name__ != "DTensor" or weight.device_mesh.ndim != 1:
+            return False
+        return any(_kind(each) is not type(each) and module in each.modules() for each in self.model.modules())
 
     def serve(self, op: str, where: str, *served_by: str) -> None:
         """Write down that ops serve a site now."""
@@ -60,11 +67,7 @@ class Swaps:
 
     def set(self, target: Any, name: str, value: Any) -> None:
         """target.name = value, until it is undone."""
-        own = vars(target)
-        if name in own:
-            self.undo.append(partial(setattr, target, name, own[name]))
-        else:
-            self.undo.append(partial(delattr, target, name))
+        self.undo.append(Undo(target, name, value, vars(target).get(name, MISSING)))
         setattr(target, name, value)
 
     def forward(
@@ -130,7 +133,7 @@ class Swaps:
             self.forward(where, fp8.feed_forward, {"GELU": ("gelu_quantize_rows",)})
 
     def linears(self, where: str, *keep: str) -> None:
-        """The linears under a module: in E4M3 if that is asked for, save those whose names, counted from there, begin with one of `keep`."""
+        """The linears under a module, in E4M3 if that is asked for, save those whose names, as seen from there, begin with one of `keep`."""
         root = self.module(where)
         for name, module in root.named_modules():
             if isinstance(module, nn.Linear):
@@ -162,6 +165,42 @@ class Swaps:
                 self.leave("convolution", name, "no patch embedding of the tokens")
             elif hasattr(module, "processor"):
                 self.leave("attention", name, "not known to the adapter", servable=True)
+
+
+def _kind(module: nn.Module) -> type:
+    """The class of a module before FSDP2 derived one of its own from it."""
+    kind = type(module)
+    sharded = any(base.__name__ == "FSDPModule" for base in kind.__bases__)
+    return next(base for base in kind.__bases__ if base.__name__ != "FSDPModule") if sharded else kind
+
+
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class Undo:
+    """Gives an attribute back its value `before`, MISSING if it had none of its own."""
+
+    target: Any
+    name: str
+    value: Any
+    before: Any
+
+    def check(self) -> None:
+        """Raises ValueError if hooks have wrapped the function since, which would be lost."""
+        if self.name == "forward" and not self._is_there:
+            owner = type(self.target).__name__
+            raise ValueError(
+                f"restore: the forward of a {owner} was wrapped after accelerate (offloading, caching?): remove these hooks first"
+            )
+
+    def __call__(self) -> None:
+        if self._is_there:  # a processor that was set since is one's own choice
+            delattr(self.target, self.name) if self.before is MISSING else setattr(self.target, self.name, self.before)
+
+    @property
+    def _is_there(self) -> bool:
+        return vars(self.target).get(self.name, MISSING) is self.value
 
 
 class Processor:
