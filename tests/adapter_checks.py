@@ -71,9 +71,9 @@ class AdapterTests:
         model, other = make(tiny), make(tiny)
         with torch.no_grad():
             before = [run(model, tiny, inputs) for inputs in tiny.inputs.values()]
+            reset_engaged()
             report = accelerate(model, strict=not tiny.servable)
             assert {site.where for site in report.left if site.servable} == tiny.servable, report
-            reset_engaged()
             for name, inputs in tiny.inputs.items():
                 assert_same(run(model, tiny, inputs), before[list(tiny.inputs).index(name)])
             assert set(report.engaged()) >= tiny.ops, report.engaged()
@@ -109,11 +109,11 @@ class AdapterTests:
             pytest.skip(tiny.compiles)
         model = make(tiny)
         with torch.no_grad():
-            before = [run(model, tiny, inputs) for inputs in tiny.inputs.values()]
+            before = [run(model, tiny, inputs) for inputs in list(tiny.inputs.values())[:2]]
             accelerate(model)
             torch._dynamo.reset()
             compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-            for inputs, outs in zip(tiny.inputs.values(), before, strict=True):
+            for inputs, outs in zip(list(tiny.inputs.values())[:2], before, strict=True):  # the second with sizes that vary
                 assert_same(run(compiled, tiny, inputs), outs)
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are compiled: test_in_bfloat16")

@@ -142,7 +142,7 @@ class TestBackend:
         from test_adapters_wan import build
 
         torch.manual_seed(0)
-        return build()().eval().to(DEVICE)
+        return build(num_layers=2)().eval().to(DEVICE)
 
     def test_serves_one_model_and_is_no_default(self):
         from diffusers.models.attention_dispatch import _AttentionBackendRegistry

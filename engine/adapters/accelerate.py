@@ -11,7 +11,14 @@ from .swaps import Swaps
 
 KNOWN_DIFFUSERS = "0.42"
 FAMILIES = {
+    "HeliosTransformer3DModel": "helios",
+    "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
+    "HunyuanVideoFramepackTransformer3DModel": "hunyuan_video",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video",
+    "SkyReelsV2Transformer3DModel": "skyreels",
+    "WanAnimateTransformer3DModel": "wan",
     "WanTransformer3DModel": "wan",
+    "WanVACETransformer3DModel": "wan",
 }
 """Class of diffusers -> the module here whose `swap` knows it."""
 

@@ -1,7 +1,7 @@
 """Models of no known class: their attention alone, by the two ways that diffusers has for it."""
 
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from torch import Tensor, nn
+from torch import Tensor
 
 from .backend import register_diffusers_backend
 from .functions import key_padding, masked_attention

@@ -61,6 +61,7 @@ class Report:
         for op, runs in engaged().items():
             for name, now in runs.items():
                 before = self._before.get(op, {}).get(name, Engagement())
+                before = before if before.calls <= now.calls else Engagement()  # there was a `reset_engaged` since
                 calls = now.calls - before.calls
                 kernels = {kernel: n - before.kernels.get(kernel, 0) for kernel, n in now.kernels.items()}
                 kernels = {kernel: n for kernel, n in kernels.items() if n > 0}

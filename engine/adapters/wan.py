@@ -1,14 +1,19 @@
-"""Wan 2.1 and 2.2 (Wan Team 2025), and what shares its blocks.
+"""Wan 2.1 and 2.2 (Wan Team 2025), with VACE (Jiang et al. 2025) and Animate.
 
 What is computed otherwise than in diffusers: hidden states are never copied to float32, norms, modulation, gates and rotary positions are
 one op each. A timestep for each token (Wan 2.2 TI2V) is taken for what it is: a few timesteps, and the index of each token's.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers import transformer_wan as wan
+from diffusers.models.transformers import transformer_wan_animate as animate
+from diffusers.models.transformers import transformer_wan_vace as vace
 from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
+from tubelet.kernels import Mask
 
 from . import ops
 from .fp8 import Rows, serves
@@ -18,31 +23,45 @@ TEXT_TOKENS = 512
 """Of the text, which the processor of image-to-video models takes to lie behind the image's."""
 MOST_TIMESTEPS = 256
 """Different timesteps of tokens in one call, or one for each frame if these are more."""
+Step = Tensor | tuple[Tensor, Tensor]
+"""Modulation (batch, 6, dim) or (batch, n, 6, dim), of n stretches of tokens, or rows (n, 6, dim) and the row of each token (tokens,)."""
 
 
 def swap(swaps: Swaps) -> None:
-    """Serve a WanTransformer3DModel."""
-    swaps.patches("patch_embedding")
-    for name, _ in list(swaps.named(wan.WanAttention)):
-        swap_attention(swaps, name)
-    for name, _ in list(swaps.named(wan.WanTransformerBlock)):
-        swap_block(swaps, name)
-    if swaps.forward("", forward, {"timesteps of tokens": ("modulated_norm", "gated_residual")}, kind=wan.WanTransformer3DModel):
-        swaps.last_layer("norm_out", "proj_out")
+    """Serve a WanTransformer3DModel, a WanVACETransformer3DModel or a WanAnimateTransformer3DModel."""
+    for where, _ in list(swaps.named(nn.Conv3d)):
+        swaps.patches(where)
+    for where, _ in list(swaps.named(wan.WanAttention, animate.WanAttention)):
+        swap_attention(swaps, where, (wan.WanAttnProcessor, animate.WanAttnProcessor))
+    for where, _ in list(swaps.named(animate.WanAnimateFaceBlockCrossAttention)):
+        norms = ("pre_norm_q", "pre_norm_kv", "norm_q", "norm_k")
+        swaps.processor(where, attend_to_face, animate.WanAnimateFaceBlockAttnProcessor, "qk_norm_rope", "attention", norms=norms)
+        swaps.linears(where)
+    for kind, function in (
+        (wan.WanTransformerBlock, block),
+        (animate.WanTransformerBlock, block),
+        (vace.WanVACETransformerBlock, vace_block),
+    ):
+        for where, _ in list(swaps.named(kind)):
+            swap_block(swaps, where, kind, function)
+    if any(swaps.named(wan.WanTransformer3DModel)):
+        if swaps.forward("", forward, {"timesteps of tokens": ("modulated_norm", "gated_residual")}, kind=wan.WanTransformer3DModel):
+            swaps.last_layer("norm_out", "proj_out")
+    else:
+        swaps.leave("norm", "norm_out", "once a step, in the model's own forward")
 
 
-def swap_attention(swaps: Swaps, where: str) -> None:
-    """Serve a WanAttention."""
-    swaps.processor(where, attend, wan.WanAttnProcessor, "qk_norm_rope", "attention", norms=("norm_q", "norm_k", "norm_added_k"))
+def swap_attention(swaps: Swaps, where: str, kinds: tuple[type, ...]) -> None:
+    """Serve an attention module whose processor is Wan's, of one of these classes."""
+    swaps.processor(where, attend, kinds, "qk_norm_rope", "attention", norms=("norm_q", "norm_k", "norm_added_k"))
 
 
-def swap_block(swaps: Swaps, where: str) -> None:
-    """Serve a WanTransformerBlock."""
+def swap_block(swaps: Swaps, where: str, kind: type, function: Callable) -> None:
+    """Serve a block of Wan's parts whose class is `kind` and whose forward `function` computes."""
     module = swaps.module(where)
     swaps.linears(where)
     swaps.feed_forward(f"{where}.ffn")
-    sites = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}
-    if swaps.forward(where, block, sites, kind=wan.WanTransformerBlock):
+    if swaps.forward(where, function, {"norms, modulation, gates": ("modulated_norm", "gated_residual")}, kind=kind):
         for norm in ("norm1", "norm2", "norm3"):
             if not isinstance(getattr(module, norm), nn.Identity):
                 swaps.serve("norm", f"{where}.{norm}", "modulated_norm")
@@ -52,12 +71,12 @@ def attend(
     attn: nn.Module,
     hidden_states: Rows,
     encoder_hidden_states: Tensor | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | tuple[Mask, ops.Clip] | None = None,
     rotary_emb: tuple[Tensor, Tensor] | None = None,
     *,
     swaps: Swaps,
 ) -> Tensor:
-    """What WanAttnProcessor computes."""
+    """What WanAttnProcessor computes; attention_mask: of the text's tokens, or for self-attention the mask and what a clip is."""
     image = None
     if attn.add_k_proj is not None:
         image, encoder_hidden_states = encoder_hidden_states.tensor_split((encoder_hidden_states.shape[1] - TEXT_TOKENS,), dim=1)
@@ -66,7 +85,8 @@ def attend(
     q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in wan._get_qkv_projections(attn, hidden_states, *texts))
     cos, sin = (None, None) if rotary_emb is None else (table[0, :, 0] for table in ops.repeated_neighbours(*rotary_emb))
     q, k = ops.norm_rope(q, k, q_norm=attn.norm_q, k_norm=attn.norm_k, cos=cos, sin=sin, across_heads=True, swaps=swaps)
-    out = ops.attend(q, k, v, cross=cross, lengths=lengths, swaps=swaps).flatten(2)
+    mask, clip = (None, ops.Clip()) if cross or attention_mask is None else attention_mask
+    out = ops.attend(q, k, v, mask=mask, clip=clip, cross=cross, lengths=lengths, swaps=swaps).flatten(2)
     if image is not None:
         k, v = (x.unflatten(-1, (attn.heads, -1)) for x in wan._get_added_kv_projections(attn, image))
         k = ops.modulate(k.flatten(2), attn.norm_added_k, swaps=swaps).unflatten(-1, (attn.heads, -1))
@@ -76,31 +96,65 @@ def attend(
     return out
 
 
+def attend_to_face(
+    attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None, *, swaps: Swaps
+) -> Tensor:
+    """What WanAnimateFaceBlockAttnProcessor computes: each frame's tokens attend to those of its face."""
+    batch, frames = encoder_hidden_states.shape[:2]
+    x = ops.modulate(hidden_states, attn.pre_norm_q, swaps=swaps)
+    faces = ops.modulate(encoder_hidden_states.flatten(1, 2), attn.pre_norm_kv, swaps=swaps)
+    q, k, v = (y.unflatten(-1, (attn.heads, -1)) for y in wan._get_qkv_projections(attn, x, faces))
+    q, k = ops.norm_rope(q, k, q_norm=attn.norm_q, k_norm=attn.norm_k, swaps=swaps)
+    q, k, v = (y.unflatten(1, (frames, -1)).flatten(0, 1) for y in (q, k, v))
+    out = ops.attend(q, k, v, cross=True, swaps=swaps).unflatten(0, (batch, frames)).flatten(1, 2).flatten(2)
+    out = attn.to_out(out)
+    return out if attention_mask is None else out * attention_mask.flatten(1)
+
+
 def block(
     module: nn.Module,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
-    temb: Tensor | tuple[Tensor, Tensor],
+    temb: Step,
     rotary_emb: tuple[Tensor, Tensor],
+    attention_mask: tuple[Mask, ops.Clip] | None = None,
     *,
     swaps: Swaps,
 ) -> Tensor:
-    """What WanTransformerBlock computes. temb: (batch, 6, dim), (batch, stretches of tokens, 6, dim), or what `Timesteps` gives."""
-    temb, rows = temb if isinstance(temb, tuple) else (temb, None)
-    x, how = hidden_states, {"swaps": swaps, "rows": rows}
+    """What WanTransformerBlock computes."""
+    x, (temb, rows) = hidden_states, temb if isinstance(temb, tuple) else (temb, None)
+    how = {"swaps": swaps, "rows": rows}
     shift, scale, gate, shift2, scale2, gate2 = (module.scale_shift_table + temb.float()).unbind(-2)
-    h = ops.modulate(x, module.norm1, shift, scale, fp8=_takes_fp8(module.attn1), **how)
-    y = module.attn1(h, None, None, rotary_emb)
+    h = ops.modulate(x, module.norm1, shift, scale, fp8=takes_fp8(module.attn1), **how)
+    y = module.attn1(h, None, attention_mask, rotary_emb)
     if isinstance(module.norm2, nn.Identity):
         h = x = ops.gate(x, y, gate, **how)
     else:
-        x, h = ops.gate_and_modulate(x, y, gate, module.norm2, fp8=_takes_fp8(module.attn2), **how)
+        x, h = ops.gate_and_modulate(x, y, gate, module.norm2, fp8=takes_fp8(module.attn2), **how)
     y = module.attn2(h, encoder_hidden_states, None, None)
     x, h = ops.gate_and_modulate(x, y, None, module.norm3, shift2, scale2, fp8=serves(module.ffn.net[0].proj), **how)
     return ops.gate(x, module.ffn(h), gate2, **how)
 
 
-def _takes_fp8(attn: nn.Module) -> bool:
+def vace_block(
+    module: nn.Module,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    control_hidden_states: Tensor,
+    temb: Tensor,
+    rotary_emb: tuple[Tensor, Tensor],
+    *,
+    swaps: Swaps,
+) -> tuple[Tensor | None, Tensor]:
+    """What WanVACETransformerBlock computes."""
+    x = control_hidden_states
+    if module.proj_in is not None:
+        x = module.proj_in(x) + hidden_states
+    x = block(module, x, encoder_hidden_states, temb, rotary_emb, swaps=swaps)
+    return None if module.proj_out is None else module.proj_out(x), x
+
+
+def takes_fp8(attn: nn.Module) -> bool:
     """Whether an attention module takes E4M3: all that read its input do, and know it."""
     reads = (attn.to_q,) if attn.is_cross_attention else (attn.to_q, attn.to_k, attn.to_v)
     return isinstance(attn.processor, Processor) and not attn.fused_projections and serves(*reads)
@@ -131,16 +185,26 @@ def forward(
     modulation = modulation.unflatten(-1, (6, -1))
     text = text if image is None else torch.cat((image, text), dim=1)
     step = modulation if rows is None else (modulation, rows)
+    x = through(self, x, text, step, rotary_emb)
+    shift, scale = (self.scale_shift_table.to(temb.device) + temb[:, None]).to(x.device).unbind(1)
+    x = unpatch(ops.project(x, self.proj_out, self.norm_out, shift, scale, rows=rows, swaps=swaps), grid, patch)
+    return Transformer2DModelOutput(sample=x) if return_dict else (x,)
+
+
+def through(self: nn.Module, x: Tensor, *arguments) -> Tensor:
+    """x through the blocks of a model, with its gradient checkpoints."""
     for layer in self.blocks:
         if torch.is_grad_enabled() and self.gradient_checkpointing:
-            x = self._gradient_checkpointing_func(layer, x, text, step, rotary_emb)
+            x = self._gradient_checkpointing_func(layer, x, *arguments)
         else:
-            x = layer(x, text, step, rotary_emb)
-    shift, scale = (self.scale_shift_table.to(temb.device) + temb[:, None]).to(x.device).unbind(1)
-    x = ops.project(x, self.proj_out, self.norm_out, shift, scale, rows=rows, swaps=swaps)
+            x = layer(x, *arguments)
+    return x
+
+
+def unpatch(x: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
+    """Patches (batch, tokens, pixels * channels) to (batch, channels, T, H, W)."""
     x = x.unflatten(1, grid).unflatten(-1, (*patch, -1)).permute(0, 7, 1, 4, 2, 5, 3, 6)
-    x = x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
-    return Transformer2DModelOutput(sample=x) if return_dict else (x,)
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 def distinct(timestep: Tensor, most: int) -> tuple[Tensor, Tensor]:
