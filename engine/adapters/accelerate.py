@@ -13,7 +13,7 @@ KNOWN_DIFFUSERS = "0.42"
 FAMILIES = {
     "HeliosTransformer3DModel": "helios",
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
-    "HunyuanVideoFramepackTransformer3DModel": "hunyuan_video",
+    "HunyuanVideoFramepackTransformer3DModel": "framepack",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "SkyReelsV2Transformer3DModel": "skyreels",
     "WanAnimateTransformer3DModel": "wan",
