@@ -46,7 +46,7 @@ def test_registered_as_it_should_be(implementation):
     layout, text = VideoLayout.pack([(3, 2, 3), (1, 2, 2)], device=DEVICE), VideoLayout.segments([3, 4], device=DEVICE)
     q, k, v = leaves(*to_device(qkv_of(layout, text)))
     rule = [int(number) for number in FrameCausal().as_rule()]
-    rest = (*[None] * 6, True, None, layout.handle, text.handle, rule, False, None, False, implementation)
+    rest = (*[None] * 6, True, None, None, layout.handle, text.handle, rule, False, None, False, implementation)
     # aot_dispatch_static compares its gradients to those of eager mode, bit for bit or nearly so
     torch.library.opcheck(torch.ops.tubelet.attention, (q, k, v, None, None, None, *rest))
     out, lse = torch.ops.tubelet.attention(q, k, v, None, None, None, *rest)
@@ -128,7 +128,7 @@ def test_operations_are_counted(name, mask):
     rule = [int(number) for number in mask.as_rule()]
     with FlopCounterMode(display=False) as counter:
         out, _ = torch.ops.tubelet.attention(
-            *qkv, *[None] * 9, True, None, layout.handle, layout.handle, rule, mask.same_site, None, False, "torch"
+            *qkv, *[None] * 9, True, None, None, layout.handle, layout.handle, rule, mask.same_site, None, False, "torch"
         )
         assert counter.get_total_flops() == 4 * 2 * 16 * pairs(layout, mask)
         out.sum().backward()

@@ -41,7 +41,7 @@ def flash_attention(
 
     q: (batch, queries, heads, head_dim); k, v: (batch, keys, kv heads, head_dim). k_lens: (batch,), how many keys of each entry are there;
     on any device. q_lens: likewise; what stands in the rows of queries that are not there is of no meaning. dtype: computed in, on a GPU,
-    where q is of no half precision. deterministic, version: without effect, these kernels always are. Raises ValueError for dropout,
+    where v is of no half precision. deterministic, version: without effect, these kernels always are. Raises ValueError for dropout,
     windows, and causal attention with k_lens or unequal numbers of queries and keys.
     """
     if dropout_p:
@@ -50,10 +50,10 @@ def flash_attention(
         raise ValueError(f"window_size: expected (-1, -1), got {tuple(window_size)}")
     if causal and (k_lens is not None or q.shape[1] != k.shape[1]):
         raise ValueError(f"causal: expected False with k_lens or {q.shape[1]} queries of {k.shape[1]} keys, got True")
-    wide = q.dtype
-    if q.device.type == "cuda" and wide not in HALF:
-        q, k, v = (x.to(dtype) for x in (q, k, v))
-    k, v = k.to(q.dtype), v.to(q.dtype)
+    wide, narrow = q.dtype, q.dtype
+    if q.device.type == "cuda":
+        narrow = v.dtype if v.dtype in HALF else dtype
+    q, k, v = (x.to(narrow) for x in (q, k, v))
     if q_scale is not None:
         q = q * q_scale
     lengths = None if k_lens is None else torch.as_tensor(k_lens).to(q.device, torch.int32, non_blocking=True)
@@ -106,8 +106,8 @@ def comfy_attention(
     skip_output_reshape: bool = False,
     **more,
 ) -> Tensor:
-    """ComfyUI's `optimized_attention_override`; func, ComfyUI's own function, is called for what is not served: masks but those of keys that
-    are there (bool), float64, head dims above 256, a precision above that of q.
+    """ComfyUI's `optimized_attention_override`; func, ComfyUI's own function, is called for what is not served: masks other than bool ones
+    of keys, float64, head dims above 256, a precision above that of q.
 
     q, k, v: (batch, tokens, heads * head_dim) or, skip_reshape, (batch, heads, tokens, head_dim). Returns (batch, tokens, heads * head_dim)
     or, skip_output_reshape, (batch, heads, tokens, head_dim).

@@ -57,8 +57,9 @@ def attend(
 ) -> Tensor:
     """Attention of each entry of a batch to itself or, `cross`, to a text of its own: (batch, tokens, heads, head_dim) in q's dtype.
 
-    q: (batch, tokens, heads, head_dim); k, v: (batch, keys, kv heads, head_dim), views of fused projections too. mask: Full by default. clip: what an entry is. lengths: int32 (batch,), of the keys of an entry's text,
-    which are all if `cross`, how many are there, the rest being padding, see `lengths_of`.
+    q: (batch, tokens, heads, head_dim); k, v: (batch, keys, kv heads, head_dim), views of fused projections too. mask: Full by default.
+    clip: what an entry is. lengths: int32 (batch,), of the keys of an entry's text, which are all if `cross`, how many are there, the rest
+    being padding, see `lengths_of`.
     """
     text = k.shape[1] if cross else clip.text
     if lengths is not None and not text:
@@ -78,7 +79,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, mask: Mask,
     layout = _layout(batch, tokens - text, frames, text, bool(text_first), q.device)
     kv_layout = _segments(batch, k.shape[1], q.device) if cross else None
     out = attention(
-        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout, mask, kv_layout=kv_layout, scale=scale, **({} if lengths is None else {"text_lengths": lengths}),
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), layout, mask, kv_layout=kv_layout, text_lengths=lengths, scale=scale,
         implementation=implementation,
     )  # fmt: skip
     return out.unflatten(0, (batch, tokens))
@@ -203,8 +204,8 @@ def norm_rope(
     interleaved: bool = True,
     axes: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The model's norms of queries and keys, and its rotary positions, in one op. q, k: (batch, tokens, heads, head_dim), of other numbers of
-    tokens too if nothing turns.
+    """The model's norms of queries and keys, and its rotary positions, in one op. q, k: (batch, tokens, heads, head_dim), of other numbers
+    of tokens too if nothing turns.
 
     q_norm, k_norm: RMSNorm or LayerNorm modules of any library (weight, bias, eps), over head_dim or across_heads; None or Identity for
     none. cos, sin: (tokens that turn, pairs) float32, one number for each pair, or (batch, tokens, [heads,] pairs), or (tokens, heads,

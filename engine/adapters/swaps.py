@@ -133,7 +133,7 @@ class Swaps:
             self.forward(where, fp8.feed_forward, {"GELU": ("gelu_quantize_rows",)})
 
     def linears(self, where: str, *keep: str) -> None:
-        """The linears under a module, in E4M3 if that is asked for, save those whose names, as seen from there, begin with one of `keep`."""
+        """The linears under a module, in E4M3 if that is asked for; not those whose names, as seen from there, begin with one of `keep`."""
         root = self.module(where)
         for name, module in root.named_modules():
             if isinstance(module, nn.Linear):

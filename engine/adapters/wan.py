@@ -44,7 +44,7 @@ def swap(swaps: Swaps) -> None:
     ):
         for where, _ in list(swaps.named(kind)):
             swap_block(swaps, where, kind, function)
-    if any(swaps.named(wan.WanTransformer3DModel)):
+    if isinstance(swaps.model, wan.WanTransformer3DModel):
         if swaps.forward("", forward, {"timesteps of tokens": ("modulated_norm", "gated_residual")}, kind=wan.WanTransformer3DModel):
             swaps.last_layer("norm_out", "proj_out")
     else:

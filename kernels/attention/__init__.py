@@ -32,6 +32,7 @@ def attention(
     scale: float | None = None,
     scales: Scales | None = None,
     norm_rope: NormRope | None = None,
+    text_lengths: torch.Tensor | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -43,8 +44,10 @@ def attention(
     i. scale: 1 / sqrt(head_dim) by default, not below zero. scales: for q, k and v in float8_e4m3fn, those of their rows, float32 (tokens,
     heads) and twice (kv tokens, kv heads), as `quantize_rows` gives them. norm_rope: what `qk_norm_rope` is to do to q and k before; the
     kernels of Temporal do it where they read them (norms of single heads, tables shared by heads, pairs of neighbours or halves of the head
-    dim), else it is called. return_lse: also return the log of the sum of exp(scale * q k^T)
-    over each query's keys, with which `merge_attention` joins results over parts of the keys; gradients do not flow back through it.
+    dim), else it is called. text_lengths: int32 (clips,), of the keys of each clip's text how many are there, the first ones; the others
+    are padding that no query sees, whatever stands there, and have a gradient of zero. The host does not read it. Not for Temporal.
+    return_lse: also return the log of the sum of exp(scale * q k^T) over each query's keys, with which `merge_attention` joins results over
+    parts of the keys; gradients do not flow back through it.
 
     Returns out (tokens, heads, head_dim) in q's dtype (for float8_e4m3fn in bfloat16, without a gradient), or (out, lse) with lse (heads,
     tokens), float32 (float64 for float64). A query with no visible key, and every token past the end of the pack, gets zeros and an lse of
@@ -53,6 +56,7 @@ def attention(
     """
     kv_layout = layout if kv_layout is None else kv_layout
     _check(q, k, v, layout, mask, kv_layout, scale, scales)
+    _check_text_lengths(q, mask, kv_layout, text_lengths)
     if norm_rope is not None and (kv_layout is not layout or scales is not None):
         raise ValueError("norm_rope: expected with q and k of one layout, and without scales, since it is done before both")
     if norm_rope is not None:
@@ -64,14 +68,14 @@ def attention(
         norm_rope = None
     if not triton and not torch.compiler.is_compiling():
         scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        out, lse = run(q, k, v, scales, layout, mask, kv_layout, scale, return_lse, implementation)
+        out, lse = run(q, k, v, scales, layout, mask, kv_layout, scale, return_lse, implementation, text_lengths=text_lengths)
     else:
         rule = [int(number) for number in mask.as_rule()]
         how = (None,) * 6 + (True, None)
         if norm_rope is not None:
             how = tuple(getattr(norm_rope, name) for name in ("q_weight", "k_weight", "cos", "sin", "rows", "norm", "interleaved", "eps"))
         out, lse = operator(
-            q, k, v, *(scales or (None,) * 3), *how,
+            q, k, v, *(scales or (None,) * 3), *how, text_lengths,
             layout.handle, kv_layout.handle, rule, mask.same_site, scale, return_lse, implementation,
         )  # fmt: skip
     return (out, lse.detach()) if return_lse else out
@@ -86,6 +90,17 @@ def _on_load(q: torch.Tensor, mask: Mask, how: NormRope) -> bool:
     head_dim, pairs = q.shape[-1], how.cos.shape[-1]
     in_registers = how.interleaved or (2 * pairs == head_dim >= 16 and head_dim & (head_dim - 1) == 0)
     return in_registers and how.cos.dim() == 2 and not (how.cos.requires_grad or how.sin.requires_grad)
+
+
+def _check_text_lengths(q: torch.Tensor, mask: Mask, kv_layout: VideoLayout, text_lengths: torch.Tensor | None) -> None:
+    if text_lengths is None:
+        return
+    if mask.same_site:
+        raise ValueError("text_lengths: expected None with Temporal, got a tensor")
+    clips = kv_layout.capacity.clips if kv_layout.capacity else kv_layout.num_clips
+    if text_lengths.dtype != torch.int32 or text_lengths.shape != (clips,) or text_lengths.device != q.device:
+        got = f"{text_lengths.dtype} {tuple(text_lengths.shape)} on {text_lengths.device}"
+        raise ValueError(f"text_lengths: expected torch.int32 ({clips},) on {q.device}, one for each clip of kv_layout, got {got}")
 
 
 def _check(q, k, v, layout, mask, kv_layout, scale, scales) -> None:

@@ -35,7 +35,7 @@ from ..layout import VideoLayout
 from ..masks import Mask, visible
 from .configs import Config, least_product, split_head_dim
 from .norm_rope import norm_rope, norm_rope_backward, store_weight_gradient
-from .ranges import LN_2, LOG2_E, SHIFT, TEXT, VIDEO, clamped, sequence, window
+from .ranges import LN_2, LOG2_E, SHIFT, TEXT, VIDEO, clamped, sequence, text_length, window
 from .schedule import Clips
 
 PRECISION = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
@@ -174,7 +174,7 @@ def _visit(BODY: tl.constexpr, state, context, rows, start, stop, every_start, e
 
 @triton.jit
 def _visit_keys(
-    BODY: tl.constexpr, state, context, x0, x1, clip, site, spans_ptr, runs_ptr, run_offsets_ptr,
+    BODY: tl.constexpr, state, context, x0, x1, clip, site, spans_ptr, runs_ptr, run_offsets_ptr, text_lengths_ptr,
     SITE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS, TURN,
 ):  # fmt: skip
     """BODY over all keys that a tile of queries sees, whose frames are x0 .. x1."""
@@ -205,6 +205,7 @@ def _visit_keys(
             )
             state = BODY(state, context, rows, right * frame_rows, stop * frame_rows, False, False, BLOCK, RULE, DIMS, TURN)
     _, _, length, _, _ = text
+    length = text_length(text_lengths_ptr, clip, length)
     return BODY(state, context, text, 0, length, False, False, BLOCK, RULE, DIMS, TURN)
 
 
@@ -289,7 +290,8 @@ def _attend(state, context, keys, begin, end, RULED: tl.constexpr, WHOLE: tl.con
 @triton.jit(do_not_specialize=["num_tiles", "stride_lh", "stride_qsh", "stride_ksh", "stride_vsh"])
 def block_forward(
     tiles_ptr, q_turn, k_turn, q_ptr, k_ptr, v_ptr, out_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, lse_ptr, spans_ptr, kv_spans_ptr,
-    known_ptr, runs_ptr, run_offsets_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    known_ptr, runs_ptr, run_offsets_ptr, text_lengths_ptr,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_qst, stride_qsh, stride_kst, stride_ksh, stride_vst, stride_vsh, stride_lh, scale_log2, num_tiles,
     GROUP: tl.constexpr, UNIT: tl.constexpr, SITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RULE, DIMS,
 ):  # fmt: skip
@@ -325,7 +327,7 @@ def block_forward(
     last = tl.minimum(row + BLOCK_M, stop) - 1
     acc, peak, total, unit = _visit_keys(
         _attend, state, context, first + row // frame_rows, first + last // frame_rows, clip, site, kv_spans_ptr, runs_ptr, run_offsets_ptr,
-        SITE, BLOCK_N, RULE, DIMS, k_turn,
+        text_lengths_ptr, SITE, BLOCK_N, RULE, DIMS, k_turn,
     )  # fmt: skip
     share = tl.where(total == 0.0, 0.0, unit / total)[:, None]  # a query that saw nothing gives zeros, NaN stays NaN
     _store_parts(out_ptr + head * stride_oh, _times(acc, share, DIMS), base, step, rows, stop, stride_ot, DIMS)
@@ -381,7 +383,7 @@ def _pull(state, context, keys, begin, end, RULED: tl.constexpr, WHOLE: tl.const
 @triton.jit(do_not_specialize=["num_tiles", "stride_lh"])
 def block_backward_queries(
     tiles_ptr, q_turn, k_turn, q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, lse_ptr, delta_ptr, spans_ptr, kv_spans_ptr, known_ptr,
-    runs_ptr, run_offsets_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    runs_ptr, run_offsets_ptr, text_lengths_ptr, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     stride_dot, stride_doh, stride_dqt, stride_dqh, stride_lh, scale, num_tiles,
     GROUP: tl.constexpr, UNIT: tl.constexpr, SITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RULE, DIMS,
 ):  # fmt: skip
@@ -416,7 +418,7 @@ def block_backward_queries(
     last = tl.minimum(row + BLOCK_M, stop) - 1
     dq = _visit_keys(
         _pull, state, context, first + row // frame_rows, first + last // frame_rows, clip, site, kv_spans_ptr, runs_ptr, run_offsets_ptr,
-        SITE, BLOCK_N, RULE, DIMS, k_turn,
+        text_lengths_ptr, SITE, BLOCK_N, RULE, DIMS, k_turn,
     )  # fmt: skip
     dq = _times(dq, scale, DIMS)
     if q_turn is not None:
@@ -454,6 +456,7 @@ def _push(state, context, queries, begin, end, RULED: tl.constexpr, WHOLE: tl.co
 @triton.jit(do_not_specialize=["num_tiles", "stride_lh"])
 def block_backward_keys(
     tiles_ptr, q_turn, k_turn, q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse_ptr, delta_ptr, spans_ptr, kv_spans_ptr, known_ptr,
+    text_lengths_ptr,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dkt, stride_dkh, stride_lh, scale,
     num_tiles,
     GROUP: tl.constexpr, UNIT: tl.constexpr, SITE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RULE, DIMS,
@@ -471,6 +474,10 @@ def block_backward_keys(
     if clip < 0:
         return
     base, step, stop, frame_rows, first = sequence(kv_spans_ptr, clip, site, SITE)
+    if text_lengths_ptr is not None:  # what is not there keeps a gradient of zero
+        stop = tl.where(site == TEXT, text_length(text_lengths_ptr, clip, stop), stop)
+        if row >= stop:
+            return
     rows = row + tl.arange(0, BLOCK_N)
     k = _load_parts(k_ptr + kv_head * stride_kh, base, step, rows, stop, stride_kt, False, DIMS)
     k = norm_rope(k, base + rows * step, rows < stop, k_turn, DIMS)
@@ -507,9 +514,24 @@ def block_backward_keys(
 class Launch:
     """What the launches of a call share."""
 
-    def __init__(self, q: torch.Tensor, k: torch.Tensor, layout: VideoLayout, mask: Mask, kv_layout: VideoLayout):
+    def __init__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layout: VideoLayout,
+        mask: Mask,
+        kv_layout: VideoLayout,
+        text_lengths: torch.Tensor | None = None,
+    ):
         kv = Clips.of(kv_layout)
-        self.tables = (Clips.of(layout).spans, kv.spans, kv.known, kv.runs, kv.run_offsets)
+        self.tables = (
+            Clips.of(layout).spans,
+            kv.spans,
+            kv.known,
+            kv.runs,
+            kv.run_offsets,
+            None if text_lengths is None else text_lengths.contiguous(),
+        )
         rule = mask.as_rule()
         if not kv_layout.capacity and not any(any(clip.known) for clip in kv_layout.clips):
             rule = rule._replace(sees_known=False)  # nothing is known, and nothing is read to find that out

@@ -35,6 +35,7 @@ def attention_fused(
     scales: Scales | None = None,
     configs: Configs | None = None,
     how: NormRope | None = None,
+    text_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Same arguments and result as `attention_reference`, for float16, bfloat16, float32 and, with scales, E4M3; head dims to 256.
 
@@ -45,12 +46,12 @@ def attention_fused(
     out = make(q.shape, dtype=OUT_OF_FP8 if q.dtype == FP8 else q.dtype, device=q.device)
     lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32, device=q.device)
     if configs.specialised:
-        if hopper.unavailable(q, k, v, mask) is None:
+        if text_lengths is None and hopper.unavailable(q, k, v, mask) is None:
             hopper.forward_hopper(q, k, v, out, lse, layout, mask, kv_layout, scale, configs.forward)
             return out, lse
         configs = default_configs(q.shape[2], q.dtype, **limits(q.device))  # what was tuned is for the other kernel
     scales, scale_log2 = scales or (None, None, None), max(scale, LEAST_SCALE) * LOG2_E.value
-    launch, turns = block.Launch(q, k, layout, mask, kv_layout), Turns(how, q.shape[2])
+    launch, turns = block.Launch(q, k, layout, mask, kv_layout, text_lengths), Turns(how, q.shape[2])
     longest = temporal.longest(q) if mask.same_site else 0
     if longest:
         temporal.forward_temporal(launch, q, k, v, out, lse, layout, kv_layout, scale_log2, turns)
@@ -79,6 +80,7 @@ def attention_fused_backward(
     scale: float,
     configs: Configs | None = None,
     how: NormRope | None = None,
+    text_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """dq, dk, dv, contiguous, from do (tokens, heads, head_dim), which has a unit last stride, and what `attention_fused` took and gave.
 
@@ -86,9 +88,10 @@ def attention_fused_backward(
     """
     configs = configs or configs_for(q, mask)
     dq = (torch.zeros if layout.capacity else torch.empty)(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = ((torch.zeros if kv_layout.capacity else torch.empty)(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    make = torch.zeros if kv_layout.capacity or text_lengths is not None else torch.empty
+    dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     delta, scale = torch.zeros_like(lse), max(scale, LEAST_SCALE)
-    launch, turns = block.Launch(q, k, layout, mask, kv_layout), Turns(how, q.shape[2])
+    launch, turns = block.Launch(q, k, layout, mask, kv_layout, text_lengths), Turns(how, q.shape[2])
     longest = temporal.longest(q, backward=True) if mask.same_site else 0
     unit = unit_of(q, k, v, out, do)
     table = tiles(layout, configs.queries.block_m, mask, kv_layout, longer_than=longest)
@@ -104,7 +107,7 @@ def attention_fused_backward(
     table = tiles(kv_layout, configs.keys.block_n, mask, layout, of_keys=True, longer_than=longest)
     launch(
         block.block_backward_keys, configs.keys, table, k.shape[1],
-        *turns(len(table) * k.shape[1], keys=True), q, k, v, do, dk, dv, lse, delta, *launch.tables[:3],
+        *turns(len(table) * k.shape[1], keys=True), q, k, v, do, dk, dv, lse, delta, *launch.tables[:3], launch.tables[5],
         *strides(q, k, v, do, dk, unit=unit), lse.stride(0), scale, SITE=mask.same_site, UNIT=unit,
     )  # fmt: skip
     return dq, dk, dv, *turns.weight_gradients()

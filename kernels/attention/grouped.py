@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from ..layout import ClipSpan, VideoLayout
 from ..masks import Mask
+from .reference import there
 
 TEXT_MULTIPLE = 16
 REMEMBERED_TOKENS = 2048
@@ -24,7 +25,8 @@ REMEMBERED_TOKENS = 2048
 @dataclass(frozen=True)
 class Batch:
     """`n` blocks of equal shape: token indices of queries (n, m) and of keys (n, l); where not all keys are seen, `visible`, bool and
-    broadcastable to (n, heads, m, l), and whether that is just the lower triangle, which SDPA knows by itself.
+    broadcastable to (n, heads, m, l), and whether that is just the lower triangle, which SDPA knows by itself. blind: which queries see
+    nothing, where that is not known beforehand, broadcastable to (n, heads, m); to these all is `visible`, so that nothing is divided by 0.
     """
 
     queries: torch.Tensor
@@ -33,20 +35,35 @@ class Batch:
     causal: bool
     queries_view: tuple[int, ...] | None
     keys_view: tuple[int, ...] | None
+    blind: torch.Tensor | None = None
 
 
 def attention_grouped(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, mask: Mask, kv_layout: VideoLayout, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: VideoLayout,
+    mask: Mask,
+    kv_layout: VideoLayout,
+    scale: float,
+    text_lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Same arguments and `out` as of `attention_reference`."""
-    return _grouped(q, k, v, layout, mask, kv_layout, scale, with_lse=False)[0]
+    return _grouped(q, k, v, layout, mask, kv_layout, scale, text_lengths, with_lse=False)[0]
 
 
 def attention_grouped_lse(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, mask: Mask, kv_layout: VideoLayout, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: VideoLayout,
+    mask: Mask,
+    kv_layout: VideoLayout,
+    scale: float,
+    text_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Same arguments and result as `attention_reference`. SDPA tells no lse, so the scores are written out."""
-    out, lse = _grouped(q, k, v, layout, mask, kv_layout, scale, with_lse=True)
+    out, lse = _grouped(q, k, v, layout, mask, kv_layout, scale, text_lengths, with_lse=True)
     return out, lse.T
 
 
@@ -59,12 +76,14 @@ def attention_grouped_backward(
     mask: Mask,
     kv_layout: VideoLayout,
     scale: float,
+    text_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv from do (tokens, heads, d): written out, for where autograd does not look. The scores are computed again."""
     wide = torch.promote_types(q.dtype, torch.float32)
     grads = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v)]
     group = q.shape[1] // k.shape[1]
-    for batch in _batches(layout, mask, kv_layout):
+    k, v, batches = _present(k, v, _batches(layout, mask, kv_layout), kv_layout, text_lengths)
+    for batch in batches:
         # (n, kv heads, groups, m or l, d)
         qs, dos = (x[batch.queries].to(wide).unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4) for x in (q, do))
         ks, vs = (x[batch.keys].to(wide).transpose(1, 2).unsqueeze(2) for x in (k, v))
@@ -73,6 +92,8 @@ def attention_grouped_backward(
             visible = batch.visible if batch.visible.dim() == 2 else batch.visible.unsqueeze(2)
             logits = logits.masked_fill(~visible, -torch.inf)
         p = logits.softmax(dim=-1)
+        if batch.blind is not None:
+            p = p.masked_fill(batch.blind.unsqueeze(2)[..., None], 0.0)
         dp = dos @ vs.transpose(-1, -2)
         ds = scale * p * (dp - (dp * p).sum(dim=-1, keepdim=True))
         dq = (ds @ ks).permute(0, 3, 1, 2, 4).flatten(2, 3)
@@ -82,9 +103,9 @@ def attention_grouped_backward(
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True))
 
 
-def _grouped(q, k, v, layout, mask, kv_layout, scale, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _grouped(q, k, v, layout, mask, kv_layout, scale, text_lengths, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out (tokens, heads, d), lse (tokens, heads) or None)."""
-    batches = _batches(layout, mask, kv_layout)
+    k, v, batches = _present(k, v, _batches(layout, mask, kv_layout), kv_layout, text_lengths)
     outs, sums, places = [], [], []
     for batch in batches:
         out, lse = _attend(
@@ -95,6 +116,9 @@ def _grouped(q, k, v, layout, mask, kv_layout, scale, with_lse: bool) -> tuple[t
             scale,
             with_lse,
         )
+        if batch.blind is not None:
+            out = out.masked_fill(batch.blind[..., None], 0.0)
+            lse = lse if lse is None else lse.masked_fill(batch.blind, -torch.inf)
         out = out.transpose(1, 2)
         if not with_lse and len(batches) == 1 and batch.queries_view is not None and batch.queries.numel() == q.shape[0]:
             return _put_view(out, batch.queries_view), None
@@ -108,6 +132,24 @@ def _grouped(q, k, v, layout, mask, kv_layout, scale, with_lse: bool) -> tuple[t
         return result, lse
     places = torch.cat(places)
     return result.index_copy(0, places, torch.cat(outs)), lse.index_copy(0, places, torch.cat(sums)) if with_lse else None
+
+
+def _present(
+    k: torch.Tensor, v: torch.Tensor, batches: list[Batch], kv_layout: VideoLayout, text_lengths: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, list[Batch]]:
+    """Keys and values of a text that is not there as zeros, which no query sees."""
+    if text_lengths is None:
+        return k, v, batches
+    present = there(kv_layout, text_lengths)
+    k, v = (x.masked_fill(~present[:, None, None], 0.0) for x in (k, v))
+    found = []
+    for batch in batches:
+        visible = present[batch.keys][:, None, None]
+        if batch.visible is not None:
+            visible = visible & batch.visible
+        blind = ~visible.any(dim=-1)
+        found.append(replace(batch, visible=visible | blind[..., None], causal=False, blind=blind))
+    return k, v, found
 
 
 def _attend(

@@ -45,6 +45,7 @@ def run(
     with_lse: bool,
     implementation: str,
     how: NormRope | None = None,
+    text_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out, lse), by the implementation that is asked for; no lse where none is asked for and it costs something.
 
@@ -53,10 +54,10 @@ def run(
     check_layouts(layout, mask, kv_layout)
     function = select("attention", implementation, *implementations(q, with_lse))
     if HAS_TRITON and function is fused.attention_fused:
-        return function(q, k, v, layout, mask, kv_layout, scale, scales, how=how)
+        return function(q, k, v, layout, mask, kv_layout, scale, scales, how=how, text_lengths=text_lengths)
     if scales is not None:
         q, k, v = (dequantize_rows(x, each) for x, each in zip((q, k, v), scales, strict=True))
-    result = function(q, k, v, layout, mask, kv_layout, scale)
+    result = function(q, k, v, layout, mask, kv_layout, scale, text_lengths)
     out, lse = (result, None) if isinstance(result, torch.Tensor) else result
     return out if scales is None else out.to(OUT_OF_FP8), lse
 
@@ -89,6 +90,7 @@ def operator(
     norm: str | None,
     interleaved: bool,
     eps: float | None,
+    text_lengths: torch.Tensor | None,
     layout: int,
     kv_layout: int,
     rule: list[int],
@@ -104,7 +106,7 @@ def operator(
     how = None if eps is None else NormRope(q_weight, k_weight, cos, sin, norm, interleaved=interleaved, eps=eps, rows=rows)
     scales = None if q_scale is None else (q_scale, k_scale, v_scale)
     mask, layouts = RuleMask.of(rule, same_site), (VideoLayout.of_handle(layout), VideoLayout.of_handle(kv_layout))
-    out, lse = run(q, k, v, scales, layouts[0], mask, layouts[1], _scale(scale, q), with_lse, implementation, how)
+    out, lse = run(q, k, v, scales, layouts[0], mask, layouts[1], _scale(scale, q), with_lse, implementation, how, text_lengths)
     lse = q.new_empty(0, dtype=torch.float32) if lse is None else lse.contiguous()
     lse.untyped_storage().layouts = layouts  # saved for the backward pass, it keeps them alive until then
     return out.contiguous(), lse
@@ -135,6 +137,7 @@ def operator_backward(
     norm: str | None,
     interleaved: bool,
     eps: float | None,
+    text_lengths: torch.Tensor | None,
     layout: int,
     kv_layout: int,
     rule: list[int],
@@ -145,11 +148,12 @@ def operator_backward(
     """dq, dk, dv, and the gradients of the two weights, empty where there is none."""
     mask, layouts = RuleMask.of(rule, same_site), (VideoLayout.of_handle(layout), VideoLayout.of_handle(kv_layout))
     if choose("attention", implementation, *implementations(q, False)) != "triton":
-        grads = attention_grouped_backward(do, q, k, v, layouts[0], mask, layouts[1], _scale(scale, q))
+        grads = attention_grouped_backward(do, q, k, v, layouts[0], mask, layouts[1], _scale(scale, q), text_lengths)
         return *grads, q.new_empty(0), q.new_empty(0)
     how = None if eps is None else NormRope(q_weight, k_weight, cos, sin, norm, interleaved=interleaved, eps=eps, rows=rows)
     do = do if do.stride(-1) == 1 else do.contiguous()
-    grads = fused.attention_fused_backward(do, q, k, v, out, lse, layouts[0], mask, layouts[1], _scale(scale, q), how=how)
+    rest = layouts[0], mask, layouts[1], _scale(scale, q)
+    grads = fused.attention_fused_backward(do, q, k, v, out, lse, *rest, how=how, text_lengths=text_lengths)
     return *grads[:3], *(q.new_empty(0) if grad is None else grad for grad in grads[3:] or (None, None))
 
 
@@ -161,16 +165,18 @@ def _(do, q, k, v, out, lse, q_weight, k_weight, *rest):
 
 def _setup_context(ctx, inputs, output) -> None:
     q, k, v, *_ = inputs
-    tensors, how, (*layouts_and_mask, _with_lse, implementation) = inputs[6:11], inputs[11:14], inputs[14:]
-    ctx.save_for_backward(q, k, v, *output, *tensors)
-    ctx.rest = *how, *layouts_and_mask, implementation
+    tensors, how, text_lengths, (*layouts_and_mask, _with_lse, implementation) = inputs[6:11], inputs[11:14], inputs[14], inputs[15:]
+    ctx.save_for_backward(q, k, v, *output, *tensors, text_lengths)
+    ctx.rest = how, (*layouts_and_mask, implementation)
 
 
 def _backward(ctx, do, _):
-    *grads, dq_weight, dk_weight = operator_backward(do, *ctx.saved_tensors, *ctx.rest)
-    q_weight, k_weight = ctx.saved_tensors[5:7]
+    *tensors, text_lengths = ctx.saved_tensors
+    how, rest = ctx.rest
+    *grads, dq_weight, dk_weight = operator_backward(do, *tensors, *how, text_lengths, *rest)
+    q_weight, k_weight = tensors[5:7]
     weights = (None if weight is None else grad for weight, grad in ((q_weight, dq_weight), (k_weight, dk_weight)))
-    return *grads, None, None, None, *weights, *[None] * 13
+    return *grads, None, None, None, *weights, *[None] * 14
 
 
 operator.register_autograd(_backward, setup_context=_setup_context)
@@ -182,13 +188,13 @@ def _scale(scale: float | None, q: torch.Tensor) -> float:
 
 @register_flop_formula(torch.ops.tubelet.attention, get_raw=True)
 def _flops(q, *rest, out_val=None) -> int:
-    layout, kv_layout, rule, same_site, *_ = rest[13:]
+    layout, kv_layout, rule, same_site, *_ = rest[14:]
     pairs = visible_pairs(VideoLayout.of_handle(layout), RuleMask.of(rule, same_site), VideoLayout.of_handle(kv_layout))
     return 4 * q.shape[1] * q.shape[2] * pairs
 
 
 @register_flop_formula(torch.ops.tubelet.attention_backward, get_raw=True)
 def _backward_flops(do, q, *rest, out_val=None) -> int:
-    layout, kv_layout, rule, same_site, *_ = rest[12:]
+    layout, kv_layout, rule, same_site, *_ = rest[13:]
     pairs = visible_pairs(VideoLayout.of_handle(layout), RuleMask.of(rule, same_site), VideoLayout.of_handle(kv_layout))
     return 10 * q.shape[1] * q.shape[2] * pairs

@@ -40,6 +40,14 @@ def sequence(spans_ptr, clip, site, SITE: tl.constexpr):
 
 
 @triton.jit
+def text_length(text_lengths_ptr, clip, length):
+    """How many tokens of a clip's text, which has room for `length`, are there."""
+    if text_lengths_ptr is not None:
+        length = clamped(tl.load(text_lengths_ptr + clip), 0, length)
+    return length
+
+
+@triton.jit
 def chunk_start(frame, ahead, RULE):
     """The first frame of the chunk that lies `ahead` chunks after that of `frame`."""
     return ((frame + SHIFT * RULE[1]) // RULE[1] + (ahead - SHIFT)) * RULE[1]
