@@ -38,10 +38,12 @@ class Case:
     dtype: str = "bf16"
     rows: int = 0
     text: bool = False
+    lengths: bool = False
 
     def __str__(self) -> str:
         rest = (" known" if self.known else "") + ("" if self.dtype == "bf16" else f" {self.dtype}")
         rest += (f" {self.rows} rows" if self.rows else "") + (" text" if self.text else "")
+        rest += " text_lengths" if self.lengths else ""
         return f"{self.gpu} {self.kernel} {self.head_dim} {self.mask}{rest}"
 
 
@@ -50,6 +52,7 @@ CASES = [
     *(Case(kernel, gpu, dim) for kernel in KERNELS for gpu in ("sm_80", "sm_100", "gfx942") for dim in (64, 128)),
     *(Case("block_forward", "sm_90", 128, mask) for mask in ("Full()", "Spatial()", "Temporal()")),
     *(Case(kernel, "sm_90", 128, "FrameCausal(chunk=3, window=4, sink=1)", True) for kernel in KERNELS),
+    *(Case(kernel, "sm_90", dim, "Full()", lengths=True) for kernel in KERNELS for dim in (64, 128)),
     *(Case(KERNELS[0], gpu, dim, dtype="fp8e4nv") for gpu, dim in (("sm_90", 64), ("sm_90", 72), ("sm_90", 128), ("sm_100", 128))),
     *(Case(kernel, "sm_90", 64, dtype="fp32") for kernel in KERNELS),
     Case(TEMPORAL[0], "sm_90", 64, "Temporal()", dtype="fp32", rows=64),
@@ -94,7 +97,7 @@ def compile_case(case: Case) -> dict[str, int]:
         elif name in tuples:
             signature[name] = ("constexpr",) * len(tuples[name])
             constexprs |= {(i, j): value for j, value in enumerate(tuples[name])}
-        elif name.endswith("_scale_ptr") and case.dtype != "fp8e4nv":
+        elif (name.endswith("_scale_ptr") and case.dtype != "fp8e4nv") or (name == "text_lengths_ptr" and not case.lengths):
             signature[name], constexprs[i,] = "constexpr", None
         elif name.endswith("_ptr"):
             result = "bf16" if case.dtype == "fp8e4nv" else case.dtype
