@@ -3,6 +3,7 @@
 import copy
 import sys
 
+import adapter_table
 import pytest
 import torch
 from adapter_checks import Tiny, assert_same, make, run
@@ -88,6 +89,11 @@ class TestReport:
         monkeypatch.setattr(sys.modules["tubelet.engine.adapters.accelerate"], "version", lambda name: "0.99.1")
         with pytest.warns(UserWarning, match=r"diffusers 0\.99\.1 is not known"):
             accelerate(make(WAN))
+
+
+def test_the_table_in_the_docs_is_of_today():
+    text = adapter_table.PAGE.read_text()
+    assert adapter_table.page(text) == text, "run `python tests/adapter_table.py`"
 
 
 class TestOtherModels:
