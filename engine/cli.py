@@ -41,6 +41,9 @@ Steps = Annotated[int, typer.Option(help="Training steps.")]
 Minutes = Annotated[float | None, typer.Option(help="Train for this long in all, instead of a number of steps.")]
 Rate = Annotated[float, typer.Option(help="The highest learning rate.")]
 Precision = Annotated[str, typer.Option(help="bf16 (autocast) or fp32.")]
+SamplingPrecision = Annotated[
+    str, typer.Option("--precision", help="Of the transformer: fp32, bf16, or fp8 (bf16 with the products of its blocks in E4M3).")
+]
 Seed = Annotated[int, typer.Option(help="Of the data, the noise and the first weights.")]
 LongestClip = Annotated[int, typer.Option(help="Frames of the longest clips.")]
 
@@ -82,6 +85,7 @@ def sample(
     save_frames: Annotated[Path | None, typer.Option(help="Also write every frame as a PNG to this folder.")] = None,
     model: Model = None,
     device: Device = None,
+    precision: SamplingPrecision = "fp32",
 ) -> None:
     """Make a video from a prompt."""
     from .conditioning import extend_backward, extend_forward
@@ -104,7 +108,7 @@ def sample(
     images = {index: load_image(path) for index, path in ((0, image), (-1, last_image)) if path is not None}
 
     with console.status("loading the model"):
-        engine = Engine.from_pretrained(model, device=device)
+        engine = Engine.from_pretrained(model, device=device, precision=precision)
     multiple = engine.vae.stride * engine.dit.config.patch[1]
     first = given.frames[0] if given is not None else next(iter(images.values()), None)
     height, width = _size(size, first, multiple, engine.config.trained_sides[1])
@@ -141,13 +145,13 @@ def sample(
 
 
 @app.command()
-def info(model: Model = None) -> None:
+def info(model: Model = None, precision: SamplingPrecision = "fp32") -> None:
     """Show the model, the versions, the device, and which implementation of each op can run here."""
     from importlib.metadata import PackageNotFoundError, version
 
     from .engine import Engine
 
-    engine = Engine.from_pretrained(model, device="cpu")
+    engine = Engine.from_pretrained(model, precision=precision)
     table = Table(show_header=False, box=None)
     for package in ("tubelet", "torch", "triton", "transformers", "av", "diffusers"):
         try:
@@ -314,6 +318,7 @@ def evaluate(
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet of sampled clips to this PNG file.")] = None,
     seed: Seed = 0,
     device: Device = None,
+    precision: SamplingPrecision = "fp32",
 ) -> None:
     """Measure a model on held-out clips and prompts, read off the pixels by a fixed oracle."""
     from .engine import Engine
@@ -324,7 +329,7 @@ def evaluate(
     for path in (out, sheet):
         if path is not None:
             check_parent(path)
-    engine = Engine.from_pretrained(model, device=device)
+    engine = Engine.from_pretrained(model, device=device, precision=precision)
     config = EvalConfig(prompts=prompts, clips=max(2, min(40, prompts)), streams=max(1, min(6, prompts // 10)), seed=seed)
     results, clips = evaluate(engine, config, lambda items, name: track(items, name, console=console))
     table = Table("what", "figure", "value")

@@ -9,6 +9,7 @@ in place of the first two. The timestep modulates each part (one shared projecti
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +29,12 @@ from tubelet.kernels import (
     modulated_norm,
     patch_embed,
     qk_norm_rope,
+    quantize_rows,
     rotary_table,
 )
 
 from .local import Conv, LocalBlock, PixelLayout
+from .precision import DTYPES, FP8Linear, Rows, check_precision, quantise
 from .pretrained import PretrainedModule
 
 BLOCKS = ("factorised", "full", "frame_causal")
@@ -117,6 +120,33 @@ class VideoDiT(PretrainedModule):
         """Whether later frames, unless they are known, tell nothing about earlier ones."""
         return self.config.causal and "full" not in self.config.blocks
 
+    @property
+    def fp8(self) -> bool:
+        """Whether the products of the blocks are in E4M3."""
+        return self.blocks[0].fp8
+
+    def set_precision(self, precision: str) -> "VideoDiT":
+        """Compute in "fp32", in "bf16", or in "fp8": in bfloat16, with the products of the blocks in E4M3 (see `precision`). In place.
+
+        The statistics of the latents, and with them what a sampler adds up, stay float32. FP8 is for good: such a model has no gradients,
+        is not saved and takes no other precision. Raises ValueError.
+        """
+        check_precision(precision)
+        if self.fp8:
+            raise ValueError(f"precision: expected no other one for a model in fp8, whose weights are rounded, got {precision!r}")
+        if precision == "fp8":
+            quantise(self.blocks)
+            self.eval().requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(DTYPES[precision])
+        return self
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """As of any module; raises ValueError for one in FP8, whose weights are not what they were."""
+        if self.fp8:
+            raise ValueError("precision: expected a model in fp32 or bf16 to save, got fp8, which is chosen when a model is loaded")
+        super().save_pretrained(folder, dtype)
+
     def normalise(self, latents: Tensor) -> Tensor:
         """Latents (channels, T, h, w) to zero mean and unit variance per channel."""
         return (latents - self.latent_mean[:, None, None, None]) / self.latent_std[:, None, None, None]
@@ -126,19 +156,21 @@ class VideoDiT(PretrainedModule):
         return latents * self.latent_std[:, None, None, None] + self.latent_mean[:, None, None, None]
 
     def forward(self, tokens: Tensor, times: Tensor, text: Tensor, layout: VideoLayout, text_layout: VideoLayout) -> Tensor:
-        """The velocity of each token, (tokens, token_width).
+        """The velocity of each token, (tokens, token_width), in the dtype of the parameters, or of autocast.
 
-        tokens: (tokens, token_width), noisy, or clean where known. times: (frames of the pack,), the noise level of each frame in [0,
-        1], 0 for known ones. text: (text tokens, text_width). layout: where the clips lie and which frames are known. text_layout: the
-        text of each clip, `VideoLayout.segments`.
+        tokens: (tokens, token_width), of any floating dtype, noisy, or clean where known. times: (frames of the pack,), the noise level of
+        each frame in [0, 1], 0 for known ones. text: (text tokens, text_width), in the dtype of the parameters. layout: where the clips lie
+        and which frames are known. text_layout: the text of each clip, `VideoLayout.segments`.
         """
+        dtype = self.embed.weight.dtype
+        tokens = tokens.to(dtype)
         known = layout.coordinates.known
         rows = layout.rows("frame")
         condition = self.condition(times, layout, text, text_layout)
         local = any(self.config.local_blocks)
         if local:
             pixels = PixelLayout.of(layout, self.config.patch)
-            mark = known[:, None].to(tokens.dtype).expand(-1, math.prod(self.config.patch))
+            mark = known[:, None].to(dtype).expand(-1, math.prod(self.config.patch))
             fine = self.local_in(pixels.unfold(torch.cat((tokens, mark), dim=1)), pixels)
             for block in self.local_before:
                 fine = block(fine, condition, pixels)
@@ -146,12 +178,14 @@ class VideoDiT(PretrainedModule):
         added = {"known": known, "known_weight": self.known}
         if self.config.positions != "rotary":  # frames past the table share its last entry: the rotary channels tell them apart
             added["positions"] = list(self.tables)
-        x = patch_embed(tokens, self.embed.weight, self.embed.bias, layout=layout, dtype=self.embed.weight.dtype, **added)
+        x = patch_embed(tokens, self.embed.weight, self.embed.bias, layout=layout, dtype=dtype, **added)
         modulation = self.modulation(condition)
         rotary = {}
         if self.config.positions != "factorised":
             head_dim = self.config.width // self.config.heads
             rotary = layout.table(("rotary", head_dim), partial(_rotary, head_dim))
+        if self.fp8:  # once for all blocks
+            text = quantize_rows(text)
         for block in self.blocks:
             x = block(x, modulation, rows, text, layout, text_layout, rotary)
         shift, scale = self.final_modulation(condition).chunk(2, dim=-1)
@@ -240,26 +274,32 @@ class Block(nn.Module):
         hidden = int(width * config.mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
 
+    @property
+    def fp8(self) -> bool:
+        """Whether its products are in E4M3: then norms give what they take."""
+        return isinstance(self.cross.q, FP8Linear)
+
     def forward(
         self,
         x: Tensor,
         modulation: Tensor,
         rows: Tensor,
-        text: Tensor,
+        text: Rows,
         layout: VideoLayout,
         text_layout: VideoLayout,
         rotary: dict[type[Mask], tuple[Tensor, ...]],
     ) -> Tensor:
         parts = modulation.unflatten(-1, (-1, x.shape[-1]))[:, : len(self.offsets)] + self.offsets
         shifts, scales, gates = (parts[:, i::3].unbind(1) for i in range(3))
-        h = modulated_norm(x, shifts[0], scales[0], rows)
+        fp8 = self.fp8
+        h = modulated_norm(x, shifts[0], scales[0], rows, fp8=fp8)
         for i, part in enumerate(self.attentions):
             y = part(h, layout, rotary)
             if i + 1 < len(self.attentions):
-                x, h = gated_residual(x, y, gates[i], rows, norm=Modulation(shifts[i + 1], scales[i + 1]))
-        x, h = gated_residual(x, y, gates[len(self.attentions) - 1], rows, norm=Modulation(None, None))
+                x, h = gated_residual(x, y, gates[i], rows, norm=Modulation(shifts[i + 1], scales[i + 1]), fp8=fp8)
+        x, h = gated_residual(x, y, gates[len(self.attentions) - 1], rows, norm=Modulation(None, None), fp8=fp8)
         y = self.cross(h, text, layout, text_layout)
-        x, h = gated_residual(x, y, norm=Modulation(shifts[-1], scales[-1]), rows=rows)
+        x, h = gated_residual(x, y, norm=Modulation(shifts[-1], scales[-1]), rows=rows, fp8=fp8)
         return gated_residual(x, self.mlp(h), gates[-1], rows)
 
 
@@ -273,7 +313,7 @@ class SelfAttention(nn.Module):
         self.q_weight, self.k_weight = (nn.Parameter(torch.ones(width // heads)) for _ in range(2))
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, layout: VideoLayout, rotary: dict[type[Mask], tuple[Tensor, ...]]) -> Tensor:
+    def forward(self, x: Rows, layout: VideoLayout, rotary: dict[type[Mask], tuple[Tensor, ...]]) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
         cos, sin, *rows = rotary.get(type(self.mask), (None, None))
         norm_rope = NormRope(self.q_weight, self.k_weight, cos, sin, rows=rows[0] if rows else None)
@@ -293,7 +333,7 @@ class CrossAttention(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor, text: Tensor, layout: VideoLayout, text_layout: VideoLayout) -> Tensor:
+    def forward(self, x: Rows, text: Rows, layout: VideoLayout, text_layout: VideoLayout) -> Tensor:
         q = self.q(x).unflatten(-1, (self.heads, -1))
         k, v = self.kv(text).unflatten(-1, (2, self.heads, -1)).unbind(1)
         q, k = qk_norm_rope(q, k, self.q_weight, self.k_weight)

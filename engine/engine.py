@@ -23,6 +23,7 @@ from .conditioning import loop as loop_frames
 from .dit import VideoDiT
 from .flow import SOLVERS, Step, check_stagger, plan, staggered
 from .packing import Pack, Request
+from .precision import check_precision
 from .pretrained import fetch, pick_device, read_config, write_json
 from .text import TextEncoder
 from .vae import VideoVAE
@@ -68,12 +69,18 @@ class Engine:
         self.config = config or EngineConfig()
 
     @classmethod
-    def from_pretrained(cls, name: str | Path | None = None, *, device: str | torch.device | None = None) -> "Engine":
+    def from_pretrained(
+        cls, name: str | Path | None = None, *, device: str | torch.device | None = None, precision: str = "fp32"
+    ) -> "Engine":
         """The bundled model, a folder, or a hub id. Default device: CUDA if there is a GPU, else the CPU.
 
+        precision: of the transformer, "fp32", "bf16" or "fp8" (`VideoDiT.set_precision`); text encoder, VAE and the sampler's sums are
+        float32. Of FP8 any device gives the numbers, and GPUs that have E4M3 the speed.
+
         A model is a folder with engine.json and the folders text, dit and vae. Raises FileNotFoundError for what is missing,
-        ValueError for what does not fit or is corrupt.
+        ValueError for what does not fit or is corrupt, or for a precision that there is not.
         """
+        check_precision(precision)
         folder = (
             BUNDLED
             if name is None
@@ -83,14 +90,13 @@ class Engine:
         device = pick_device(device)
         text = TextEncoder.from_pretrained(folder / "text", dtype=torch.float32, device=device)
         dit, vae = (part.from_pretrained(folder / where).to(device) for part, where in ((VideoDiT, "dit"), (VideoVAE, "vae")))
-        return cls(text, dit, vae, config)
+        return cls(text, dit.set_precision(precision), vae, config)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write the model as a folder that `from_pretrained` reads, weights as `dtype` if given."""
+        """Write the model as a folder that `from_pretrained` reads, weights as `dtype` if given. Raises ValueError for one in FP8."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        self.dit.save_pretrained(folder / "dit", dtype)  # first: it refuses FP8
         self.text.save_pretrained(folder / "text", dtype)
-        self.dit.save_pretrained(folder / "dit", dtype)
         self.vae.save_pretrained(folder / "vae", dtype)
         write_json(folder / "engine.json", asdict(self.config))
 

@@ -137,11 +137,11 @@ def _start(request: Request, known: KnownFrames, dit: VideoDiT, vae: VideoVAE) -
     sides = (request.height // vae.stride, request.width // vae.stride)
     generator = torch.Generator().manual_seed(request.seed)
     code = torch.randn(dit.config.channels, request.frames, *sides, generator=generator)
-    # Noise is drawn on the CPU: a seed means the same on every device.
-    code = code.to(dit.device, dit.dtype)
+    # Noise is drawn on the CPU: a seed means the same on every device. The sampler adds up in the dtype of the latents' statistics.
+    code = code.to(dit.latent_mean)
     if known.indices:
         video = to_float(known.images)[None].to(vae.device, vae.dtype)
         alone = vae.encode_images(video)
         both = dit.config.channels == 2 * vae.config.latent_channels
-        code[:, list(known.indices)] = dit.normalise((alone.stacked if both else alone.space)[0].to(dit.device, dit.dtype))
+        code[:, list(known.indices)] = dit.normalise((alone.stacked if both else alone.space)[0].to(code))
     return code

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from tubelet.kernels import FrameCausal, VideoLayout, attention, modulated_norm, qk_norm_rope, rotary_table
+from tubelet.kernels import FrameCausal, Modulation, VideoLayout, attention, gated_residual, modulated_norm, qk_norm_rope, rotary_table
 
 from .pretrained import PretrainedModule
 
@@ -259,12 +259,12 @@ class TimeTransformer(nn.Module):
         past = cache.frames if cache is not None else 0
         layout = VideoLayout.pack([grid] * batch, first_frames=[past] * batch, device=x.device)
         kv_layout = VideoLayout.pack([(past + frames, *grid[1:])] * batch, device=x.device) if past else layout
-        x = x.reshape(-1, x.shape[-1])
+        x = x.reshape(-1, x.shape[-1]).contiguous()  # channels as neighbours, which the convolution did not leave
         for i, block in enumerate(self.blocks):
             x = block(x, layout, kv_layout, batch, i, cache)
         if cache is not None:
             cache.frames, cache.space = past + frames, space[:, :, -1:]
-        x = F.layer_norm(x, self.norm.weight.shape, self.norm.weight.to(x.dtype), self.norm.bias.to(x.dtype))
+        x = modulated_norm(x, weight=self.norm.weight, bias=self.norm.bias, eps=self.norm.eps)
         x = rearrange(x, "(b t h w) c -> (b t) c h w", b=batch, t=frames, h=grid[1])
         x = self.out(F.silu(self.up(x)))[..., :height, :width]
         return rearrange(x, "(b t) c h w -> b c t h w", b=batch)
@@ -289,7 +289,7 @@ class TimeBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor, layout: VideoLayout, kv_layout: VideoLayout, batch: int, index: int, cache: StreamCache | None) -> Tensor:
-        qkv = self.qkv(modulated_norm(x, kind="layer", weight=self.norm1)).unflatten(-1, (3, self.heads, -1))
+        qkv = self.qkv(modulated_norm(x, weight=self.norm1)).unflatten(-1, (3, self.heads, -1))
         cos, sin = rotary_table(layout.positions, self.rotary_dims, theta=self.thetas)
         q, k = qk_norm_rope(qkv[:, 0], qkv[:, 1], self.q_weight, self.k_weight, cos, sin)
         v = qkv[:, 2]
@@ -300,8 +300,9 @@ class TimeBlock(nn.Module):
                 cache.keys_values[index] = tuple(x.unflatten(0, (batch, -1)) for x in (k, v))
             else:
                 cache.keys_values.append(tuple(x.unflatten(0, (batch, -1)) for x in (k, v)))
-        x = x + self.out(attention(q, k, v, layout, self.mask, kv_layout=kv_layout).flatten(1))
-        return x + self.mlp(modulated_norm(x, kind="layer", weight=self.norm2))
+        y = self.out(attention(q, k, v, layout, self.mask, kv_layout=kv_layout).flatten(1))
+        x, h = gated_residual(x, y, norm=Modulation(None, None, weight=self.norm2))
+        return gated_residual(x, self.mlp(h))
 
 
 def rate(mean: Tensor, logvar: Tensor, prior_mean: Tensor, prior_logvar: Tensor) -> Tensor:

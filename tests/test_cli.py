@@ -60,6 +60,14 @@ def test_seeds(tubelet, tmp_path):
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+def test_precisions(tubelet):
+    for precision in ("bf16", "fp8"):
+        code, said = tubelet("sample", "x", "-o", "a.npy", "--frames", 2, "--size", "32x32", "--precision", precision)
+        assert code == 0, said
+    code, said = tubelet("info", "--precision", "fp8")
+    assert code == 0 and "fp8_linear" in said and "gelu_quantize_rows" in said, said
+
+
 def test_known_frames(tubelet, tmp_path):
     first, last = (torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8) for _ in range(2))
     save_png(first, tmp_path / "first.png")
@@ -124,6 +132,7 @@ def break_weights(folder):
         (("sample", "x", "--guidance", "nan"), "guidance: expected a number >= 0, got nan"),
         (("sample", "x", "--seed", "-1"), "seed: expected"),
         (("sample", "x", "--solver", "magic"), "solver: expected one of"),
+        (("sample", "x", "--precision", "int4"), "precision: expected one of fp32, bf16, fp8, got 'int4'"),
         (("sample", "x", "--device", "toaster"), "device: cannot use 'toaster'"),
         (("sample", " "), "prompt: expected a description of the video, got an empty one"),
         (("sample", "x", "-o", "no/out.mp4"), "there is no folder no"),

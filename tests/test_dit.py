@@ -1,9 +1,12 @@
 """The video transformer: what may influence what, and that every input does."""
 
+import copy
+
 import pytest
 import torch
 from tubelet.engine import DiTConfig, VideoDiT
-from tubelet.kernels import VideoLayout
+from tubelet.engine.engine import BUNDLED
+from tubelet.kernels import VideoLayout, engaged, reset_engaged
 
 KINDS = ("factorised", "full", "frame_causal")
 GRIDS = [(4, 2, 3), (1, 3, 2), (3, 2, 2)]
@@ -108,6 +111,67 @@ def test_every_parameter_takes_part():
     dit = make(KINDS).train()
     dit(*inputs(known=[[True, False, False, False], [False], [False] * 3])).square().sum().backward()
     assert [name for name, p in dit.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@torch.no_grad()
+def error(dit: VideoDiT, precision: str, *given) -> float:
+    """Of the velocity, relative to that in float32."""
+    other = copy.deepcopy(dit).set_precision(precision)
+    tokens, times, text, *layouts = given
+    wanted, found = dit(*given), other(tokens, times, text.to(other.dtype), *layouts)
+    assert found.dtype == other.dtype
+    return float((found.float() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_precisions(kind):
+    dit, given = make((kind, kind)), inputs()
+    reset_engaged()
+    assert error(dit, "fp32", *given) == 0 and "fp8_linear" not in engaged()
+    assert 1e-3 < error(dit, "bf16", *given) < 0.03 and "fp8_linear" not in engaged()  # measured: 0.8 to 1.4 %
+    assert 0.02 < error(dit, "fp8", *given) < 0.12  # 3.0 to 6.3 %
+    linears = 9 if kind == "factorised" else 7  # of a block: two of each self-attention, three of the other, two of the MLP
+    assert engaged()["fp8_linear"]["torch"].calls == 2 * linears
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clips_of_a_pack_do_not_touch_in_fp8(kind):
+    dit, given = make((kind, kind)).set_precision("fp8"), list(inputs())
+    given[2] = given[2].to(dit.dtype)
+    first, *others = spans(given[3])
+    reached = changed(dit, given, 0, first)
+    assert reached[first].any() and not any(reached[other].any() for other in others)
+
+
+def test_fp8_moves_the_bundled_model_little():
+    dit = VideoDiT.from_pretrained(BUNDLED / "dit")
+    layout, text_layout = VideoLayout.pack([(8, 4, 4), (3, 4, 6)], known=[[True] + [False] * 7, [False] * 3]), VideoLayout.segments([9, 4])
+    torch.manual_seed(0)
+    times = 0.5 * ~layout.frame_known
+    given = torch.randn(layout.tokens, 64), times, torch.randn(text_layout.tokens, 128), layout, text_layout
+    half, eighth = (error(dit, precision, *given) for precision in ("bf16", "fp8"))
+    assert 1e-3 < half < 0.015 and half < eighth < 0.04, (half, eighth)
+
+
+def test_fp8_is_not_trained_nor_saved_nor_undone(tmp_path):
+    dit = make().set_precision("fp8")
+    assert not any(parameter.requires_grad for parameter in dit.parameters()) and dit.latent_std.dtype == torch.float32
+    with pytest.raises(ValueError, match="precision: expected fp32 or bf16 to train in, got fp8"):
+        dit.train()
+    with pytest.raises(ValueError, match="precision: expected a model in fp32 or bf16 to save, got fp8"):
+        dit.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(ValueError, match="precision: expected no other one for a model in fp8, whose weights are rounded, got 'fp32'"):
+        dit.set_precision("fp32")
+    with pytest.raises(ValueError, match="precision: expected one of fp32, bf16, fp8, got 'int4'"):
+        make().set_precision("int4")
+
+
+def test_weights_in_fp8_outlast_a_cast():
+    tokens, times, text, *layouts = inputs()
+    dit = make().set_precision("fp8")
+    before = dit(tokens, times, text.bfloat16(), *layouts)
+    assert torch.equal(dit.float().bfloat16()(tokens, times, text.bfloat16(), *layouts), before)
 
 
 def test_normalisation_is_undone():

@@ -149,6 +149,26 @@ def test_a_saved_model_samples_the_same(engine, tmp_path):
     assert torch.equal(a.frames, b.frames)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_precisions(engine, tmp_path, precision):
+    engine.save_pretrained(tmp_path / "model")
+    other = Engine.from_pretrained(tmp_path / "model", device="cpu", precision=precision)
+    assert other.dit.dtype == torch.bfloat16 and other.vae.dtype == other.text.model.dtype == torch.float32
+    image = torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8)
+    plain, rounded = (e.sample("a red circle", frames=3, known={0: image}, **SIZE) for e in (engine, other))
+    assert torch.equal(rounded.frames[0], image)
+    assert 40 <= psnr(plain[1:], rounded[1:]) < float("inf")  # measured: 50 dB in FP8, 55 in bfloat16
+
+
+def test_fp8_is_refused_where_it_is_no_use(engine, tmp_path):
+    engine.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="precision: expected one of fp32, bf16, fp8, got 'fp4'"):
+        Engine.from_pretrained(tmp_path / "nowhere", precision="fp4")
+    with pytest.raises(ValueError, match="precision: expected a model in fp32 or bf16 to save"):
+        Engine.from_pretrained(tmp_path / "model", device="cpu", precision="fp8").save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_broken_models_are_named(engine, tmp_path):
     engine.save_pretrained(tmp_path / "model")
     weights = tmp_path / "model" / "dit" / "model.safetensors"
