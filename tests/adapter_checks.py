@@ -92,7 +92,7 @@ class AdapterTests:
         def gradients() -> dict[str, torch.Tensor]:
             model.zero_grad(set_to_none=True)
             torch.manual_seed(1)
-            sum((out * torch.randn_like(out)).sum() for out in run(model, tiny, inputs)).backward()
+            sum((out * torch.randn(out.shape).to(out)).sum() for out in run(model, tiny, inputs)).backward()
             return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
         before = gradients()

@@ -15,6 +15,7 @@ FAMILIES = {
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
     "HunyuanVideoFramepackTransformer3DModel": "framepack",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
+    "LatteTransformer3DModel": "latte",
     "SkyReelsV2Transformer3DModel": "skyreels",
     "WanAnimateTransformer3DModel": "wan",
     "WanTransformer3DModel": "wan",

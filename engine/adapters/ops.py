@@ -348,12 +348,12 @@ def embed(conv: nn.Module, x: Tensor, *, swaps: "Swaps") -> Tensor:
     """
     flat = x.dim() == 4
     patch = (1, *conv.kernel_size) if flat else tuple(conv.kernel_size)
-    x = x[:, :, None] if flat else x
+    x = x.transpose(0, 1)[None] if flat else x  # images are the frames of one clip
     grid = tuple(side // p for side, p in zip(x.shape[2:], patch, strict=True))
     clips = [clip[:, : grid[0] * patch[0], : grid[1] * patch[1], : grid[2] * patch[2]] for clip in x.unbind(0)]
     tokens = patch_embed(clips, conv.weight.flatten(1), conv.bias, patch=patch, implementation=swaps.implementation)
     out = tokens.view(len(clips), *grid, -1).permute(0, 4, 1, 2, 3)
-    return out[:, :, 0] if flat else out
+    return out[0].transpose(0, 1) if flat else out
 
 
 def is_patching(conv: nn.Module) -> bool:
