@@ -1,7 +1,9 @@
-"""Cases of attention: every mask on packs of real models, forwards and backwards, and in FP8. `temporal` has those along time."""
+"""Cases of attention: every mask on packs of real models, forwards and backwards, in FP8, with text in the clips (joint), and with fewer
+heads of keys than of queries (grouped). `temporal` has those along time.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from tubelet.kernels.fp8 import dequantize_rows
 
 from .harness import DEFAULT, FP8_TOLERANCE, FULL, QUICK, Case, Implementation, Problem
 from .peers import Setup, attention_peers
-from .sequences import groups, reference
+from .sequences import Group, groups, reference
 
 Grids = Sequence[tuple[int, int, int]]
 
@@ -29,7 +31,9 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """text: keys of each clip, for cross-attention. fp8: q, k and v come as E4M3 with a scale for each row."""
+    """text: keys of each clip, for cross-attention. joint: tokens of text in each clip, after its video or, with text_first, before it; for
+    Full alone. kv_heads: of keys and values, if fewer, which is not for backwards. fp8: q, k and v come as E4M3 with a scale for each row.
+    """
 
     grids: Grids
     heads: int
@@ -38,17 +42,27 @@ class Shape:
     text: Sequence[int] | None = None
     backward: bool = False
     fp8: bool = False
+    joint: Sequence[int] | None = None
+    text_first: bool = False
+    kv_heads: int | None = None
 
     @property
     def tokens(self) -> int:
-        return sum(t * h * w for t, h, w in self.grids)
+        return sum(t * h * w for t, h, w in self.grids) + sum(self.joint or ())
+
+    def sequences(self) -> list[Group]:
+        """What sees each other."""
+        if self.joint is None:
+            return groups(self.grids, self.mask, self.text)
+        # Text and video of a clip all see each other: one sequence, in which no coordinate matters.
+        return groups([(1, 1, t * h * w + words) for (t, h, w), words in zip(self.grids, self.joint, strict=True)], self.mask)
 
     def problem(self, device: torch.device) -> Problem:
-        layout = VideoLayout.pack(self.grids, device=device)
+        layout = VideoLayout.pack(self.grids, text=self.joint, text_first=self.text_first, device=device)
         kv_layout = layout if self.text is None else VideoLayout.segments(self.text, device=device)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        setup = Setup(groups(self.grids, self.mask, self.text), layout, kv_layout, self.mask, self.heads, self.head_dim, dtype)
-        heads = sorted({0, self.heads - 1})
+        setup = Setup(self.sequences(), layout, kv_layout, self.mask, self.heads, self.head_dim, dtype)
+        heads, kv_heads = sorted({0, self.heads - 1}), self.kv_heads or self.heads
 
         def make(seed: int) -> Inputs:
             generator = torch.Generator(device).manual_seed(seed)
@@ -57,10 +71,10 @@ class Shape:
                 return torch.randn(size, generator=generator, device=device, dtype=dtype)
 
             if self.text is None:
-                q, k, v = draw(layout.tokens, 3, self.heads, self.head_dim).unbind(1)
+                q, k, v = draw(layout.tokens, self.heads + 2 * kv_heads, self.head_dim).split((self.heads, kv_heads, kv_heads), dim=1)
             else:
                 q = draw(layout.tokens, self.heads, self.head_dim)
-                k, v = draw(kv_layout.tokens, 2, self.heads, self.head_dim).unbind(1)
+                k, v = draw(kv_layout.tokens, 2, kv_heads, self.head_dim).unbind(1)
             if not self.fp8:
                 return Inputs(q, k, v, draw(*q.shape) if self.backward else None)
             numbers, scales = zip(*(quantize_rows(x) for x in (q, k, v)), strict=True)
@@ -90,8 +104,8 @@ class Shape:
         if device.type == "cuda" and not self.backward:
             implementations.append(ours("torch", "tubelet in torch", comparable=False))
         pairs, wide = visible_pairs(layout, self.mask, kv_layout), 1 if self.fp8 else dtype.itemsize
-        rows = 2 * layout.tokens + 2 * kv_layout.tokens  # q and out, k and v
-        moved = self.heads * self.head_dim * rows * wide
+        rows = 2 * layout.tokens * self.heads + 2 * kv_layout.tokens * kv_heads  # q and out, k and v
+        moved = self.head_dim * rows * wide
         if self.fp8:
             moved += self.heads * self.head_dim * layout.tokens  # the output has two bytes
         return Problem(
@@ -122,6 +136,10 @@ class Shape:
         }
         if self.text is not None:
             shape["keys"] = sum(self.text)
+        if self.joint is not None:
+            shape["words"] = sum(self.joint)
+        if self.kv_heads is not None:
+            shape["kv_heads"] = self.kv_heads
         return Case(op, f"{name}, {way}{', FP8' if self.fp8 else ''}", shape, self.problem, level, series, devices)
 
 
@@ -135,6 +153,7 @@ def _call(function, inputs: Inputs):
 
 WAN, LATTE, SORA = (21, 30, 52), (16, 32, 32), (15, 30, 53)
 SKYREELS, LTX, COGVIDEO, COSMOS = (25, 34, 60), (21, 16, 22), (13, 30, 45), (16, 44, 80)
+HUNYUAN, HUNYUAN15, MOCHI, MAGI = (33, 34, 60), (31, 30, 53), (28, 30, 53), (24, 45, 45)
 MIXED = [WAN, (1, 64, 64), (16, 32, 32), (9, 20, 36), (21, 45, 80), (5, 30, 52), (1, 30, 52), (33, 16, 16)]
 SMALL = [(16, 8, 8)] * 8
 
@@ -153,7 +172,7 @@ def cases() -> list[Case]:
         *both(QUICK, "attention spatial", "Wan 2.1 1.3B 480p", [WAN], 12, 128, Spatial(), DEFAULT),
         *both(DEFAULT, "attention spatial", "Latte 512p", [LATTE], 16, 72, Spatial(), DEFAULT),
         *both(FULL, "attention spatial", "Open-Sora 1.2 480p", [SORA], 16, 72, Spatial()),
-        *both(FULL, "attention spatial", "Allegro 720p", [(22, 45, 80)], 24, 96, Spatial()),
+        *both(DEFAULT, "attention spatial", "Allegro 720p", [(22, 45, 80)], 24, 96, Spatial()),
         *both(DEFAULT, "attention spatial", "mixed pack", MIXED, 16, 64, Spatial()),
         *both(QUICK, "attention frame-causal", "CausVid (Wan 1.3B) 480p", [WAN], 12, 128, causal, DEFAULT),
         *both(DEFAULT, "attention frame-causal", "Self-Forcing, window", [WAN], 12, 128, windowed),
@@ -163,7 +182,6 @@ def cases() -> list[Case]:
         *both(FULL, "attention frame-causal", "eight small clips, by frame", SMALL, 16, 64, FrameCausal()),
         *both(QUICK, "attention full", "Wan 2.1 1.3B 480p", [WAN], 12, 128, Full(), DEFAULT),
         *both(DEFAULT, "attention full", "LTX-Video 512p", [LTX], 32, 64, Full(), DEFAULT),
-        *both(FULL, "attention full", "CogVideoX 2B 480p", [COGVIDEO], 30, 64, Full()),
         *both(FULL, "attention full", "Allegro, 9 frames 720p", [(9, 45, 80)], 24, 96, Full()),
         *both(FULL, "attention full", "Cosmos 704p", [COSMOS], 16, 128, Full()),
         *both(FULL, "attention full", "Wan 2.1 1.3B 720p", [(21, 45, 80)], 12, 128, Full()),
@@ -175,9 +193,20 @@ def cases() -> list[Case]:
         Shape([WAN], 12, 128, Full(), fp8=True).case("attention full", "Wan 2.1 1.3B 480p", DEFAULT),
         Shape([WAN], 12, 128, causal, fp8=True).case("attention frame-causal", "CausVid (Wan 1.3B) 480p", DEFAULT),
         Shape([LTX], 32, 64, Full(), fp8=True).case("attention full", "LTX-Video 512p", FULL),
+        Shape([WAN], 12, 128, Spatial(), fp8=True).case("attention spatial", "Wan 2.1 1.3B 480p", FULL),
+        Shape([WAN], 12, 128, Full(), text=[512], fp8=True).case("attention cross", "Wan 2.1 1.3B 480p", FULL),
+        Shape(MIXED, 12, 128, Full(), fp8=True).case("attention full", "mixed pack", FULL),
+        *both(QUICK, "attention joint", "CogVideoX 2B 480p, text first", [COGVIDEO], 30, 64, Full(), joint=[226], text_first=True),
+        *both(DEFAULT, "attention joint", "HunyuanVideo-1.5 480p", [HUNYUAN15], 16, 128, Full(), joint=[320]),
+        *both(DEFAULT, "attention joint", "mixed pack", MIXED, 24, 128, Full(), joint=[256, 77, 120, 300, 226, 12, 64, 256]),
+        *both(FULL, "attention joint", "HunyuanVideo 544p", [HUNYUAN], 24, 128, Full(), joint=[256]),
+        *both(FULL, "attention joint", "Mochi 480p", [MOCHI], 24, 128, Full(), joint=[256]),
+        Shape([MAGI], 24, 128, FrameCausal(chunk=6), kv_heads=8).case("attention grouped heads", "MAGI-1 4.5B, four chunks", QUICK),
+        Shape([MAGI], 48, 128, FrameCausal(chunk=6), kv_heads=8).case("attention grouped heads", "MAGI-1 24B, four chunks", FULL),
+        Shape(MIXED, 24, 128, Full(), kv_heads=8).case("attention grouped heads", "mixed pack", FULL),
     ]
     for name, frames in (("1k", 1), ("2k", 2), ("4k", 4), ("8k", 8), ("16k", 16), ("33k", 32), ("74k", 72)):
-        level = FULL if frames > 32 else DEFAULT
+        level = DEFAULT if frames in (1, 4, 16, 32) else FULL
         for mask, label in ((Full(), "full"), (Spatial(), "spatial")):
             shape = Shape([(frames, 32, 32)], 12, 128, mask)
             found.append(shape.case("length", f"{label} attention, {name} tokens", level, f"{label} attention"))
@@ -189,6 +218,12 @@ def cases() -> list[Case]:
         ("attention full", "mixed pack", [(5, 10, 14), (1, 16, 16), (8, 6, 6)], 4, 64, Full(), None, DEFAULT),
         ("attention cross", "Wan, small", [(5, 10, 14)], 4, 128, Full(), [77], QUICK),
     ]
+    joint = Shape([(5, 10, 14), (1, 16, 16)], 4, 64, Full(), joint=[64, 32], text_first=True)
+    found += [
+        replace(joint, backward=way).case("attention joint", "two small clips", QUICK + way, devices=("cpu",)) for way in (False, True)
+    ]
+    grouped = Shape([(6, 10, 14)], 8, 64, FrameCausal(chunk=2), kv_heads=2)
+    found.append(grouped.case("attention grouped heads", "MAGI-1, small", QUICK, devices=("cpu",)))
     for op, name, grids, heads, head_dim, mask, text, level in on_cpu:
         found.append(Shape(grids, heads, head_dim, mask, text).case(op, name, level, devices=("cpu",)))
         found.append(Shape(grids, heads, head_dim, mask, text, backward=True).case(op, name, DEFAULT, devices=("cpu",)))

@@ -11,7 +11,9 @@ from .record import Measurement, Run
 
 @dataclass(frozen=True)
 class Difference:
-    """verdict: "same", "faster", "slower", "missing", "new", or how the status changed. ratio: time after to time before."""
+    """verdict: "same", "faster", "slower", "missing", "not run" (for want of time), "new", or how the status changed. ratio: time after to
+    time before.
+    """
 
     case: str
     implementation: str
@@ -30,6 +32,7 @@ def compare(before: Run, after: Run, margin: float = 0.05, peers: bool = False) 
     timed and now is slower, or has no time; not one that was not run at all.
     """
     a, b, found = before.named(), after.named(), []
+    left_out = {each.key[:2] for each in after.measurements if each.status == "not run"}
     for key in dict.fromkeys((*a, *b)):
         old, new = a.get(key), b.get(key)
         ours = (old or new).ours
@@ -37,7 +40,9 @@ def compare(before: Run, after: Run, margin: float = 0.05, peers: bool = False) 
             continue
         name = f"{key[0]}, {key[1]}", key[2]
         if old is None or new is None:
-            found.append(Difference(*name, _time(old), _time(new), "new" if old is None else "missing"))
+            found.append(
+                Difference(*name, _time(old), _time(new), "new" if old is None else "not run" if key[:2] in left_out else "missing")
+            )
         elif old.status != new.status:
             lost = ours and old.status == "ok"
             found.append(

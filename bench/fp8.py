@@ -1,14 +1,13 @@
-"""Cases of FP8: quantising rows to E4M3, and linear layers whose input is quantised as it comes."""
+"""Cases of FP8: quantising rows to E4M3, also of a GELU, and linear layers whose input is quantised as it comes."""
 
 import torch
 import torch.nn.functional as F
-import tubelet.kernels
-from tubelet.kernels import quantize_rows
+from tubelet.kernels import fp8_linear, gelu_quantize_rows, quantize_rows
 
-from .harness import DEFAULT, FP8_TOLERANCE, FULL, QUICK, Case, Implementation, Unsupported
+from .harness import DEFAULT, FP8_TOLERANCE, FULL, QUICK, Case, Implementation
 from .norms import dequantised
 from .peers import compile_
-from .plain import case, wide
+from .plain import case, implementation, wide
 
 QUANTIZE, LINEAR = "quantise", "FP8 linear"
 
@@ -18,6 +17,10 @@ def plain_quantize(x):
     largest = y.abs().amax(dim=-1, keepdim=True)
     scales = torch.where(largest == 0, 1.0, largest / 448)
     return (y / scales).clamp(-448, 448).to(torch.float8_e4m3fn), scales[..., 0].float()
+
+
+def plain_gelu(x):
+    return plain_quantize(F.gelu(wide(x), approximate="tanh"))
 
 
 def linear(x, weight, w8, scales, bias):
@@ -41,38 +44,35 @@ def quantised_linear(quantize):
 
 
 def ours_linear(x, weight, w8, scales, bias, implementation):
-    function = getattr(tubelet.kernels, "fp8_linear", None)
-    if function is None:
-        raise Unsupported("this version has no fp8_linear")
-    return function(x, w8, scales, bias)
+    return fp8_linear(x, w8, scales, bias, implementation=implementation)
 
 
 def others(device: torch.device) -> list[Implementation]:
-    """Ours of parts, so that it is timed while there is no op of one piece, and what torch has."""
-    mine = quantised_linear(quantize_rows)
-    compiled = compile_(quantised_linear(plain_quantize))
-    fast = compile_(linear)
+    """Our product in Triton, which is for GPUs where the library has none, and the library's behind a compiled quantisation."""
+    mine = {"ours": True, "comparable": False}
     return [
-        Implementation("tubelet quantize_rows + torch._scaled_mm", lambda inputs: lambda: mine(**inputs), ours=True),
-        Implementation("torch.compile quantise + torch._scaled_mm", lambda inputs: lambda: compiled(**inputs), slow=True),
-        Implementation("bf16 linear, torch.compile", lambda inputs: lambda: fast(**inputs), slow=True),
+        implementation("tubelet, product in Triton", lambda **inputs: ours_linear(**inputs, implementation="triton"), **mine),
+        implementation("torch.compile quantise + torch._scaled_mm", compile_(quantised_linear(plain_quantize)), slow=True),
     ]
 
 
 def cases() -> list[Case]:
     found = []
-    for name, tokens, width, level, devices in (
-        ("Wan 2.1 1.3B 480p", 32_760, 1536, QUICK, ("cuda",)),
-        ("HunyuanVideo 544p", 67_320, 3072, DEFAULT, ("cuda",)),
-        ("LTX-Video 512p", 7392, 2048, DEFAULT, ("cuda",)),
-        ("small", 512, 1152, QUICK, ("cpu",)),
+    for name, tokens, width, gelu, level, devices in (
+        ("Wan 2.1 1.3B 480p", 32_760, 1536, False, QUICK, ("cuda",)),
+        ("Wan 2.1 1.3B 480p, of GELU", 32_760, 8960, True, DEFAULT, ("cuda",)),
+        ("HunyuanVideo 544p", 67_320, 3072, False, DEFAULT, ("cuda",)),
+        ("LTX-Video 512p", 7392, 2048, False, FULL, ("cuda",)),
+        ("small", 512, 1152, False, QUICK, ("cpu",)),
+        ("small, of GELU", 512, 1152, True, DEFAULT, ("cpu",)),
     ):
+        how = {"ours": gelu_quantize_rows, "plain": plain_gelu, "reference": lambda x: [F.gelu(x, approximate="tanh")]}
+        how = how if gelu else {"ours": quantize_rows, "plain": plain_quantize, "reference": lambda x: [x]}
         found.append(
             case(
                 QUANTIZE, name, {"tokens": tokens, "channels": width},
-                make=lambda draw, device, n=tokens, c=width: {"x": draw(n, c)},
-                ours=quantize_rows, plain=plain_quantize, reference=lambda x: [x], part=dequantised, tolerance=FP8_TOLERANCE,
-                flops=2 * tokens * width, level=level, devices=devices,
+                make=lambda draw, device, n=tokens, c=width: {"x": draw(n, c)}, part=dequantised, tolerance=FP8_TOLERANCE,
+                flops=(20 if gelu else 2) * tokens * width, level=level, devices=devices, representative=gelu, **how,
             )
         )  # fmt: skip
     for name, tokens, width, out, level in (

@@ -1,8 +1,8 @@
 """What is measured, and how: an implementation is checked against the reference first, and only a right one is timed.
 
 On a GPU a call is timed by events on the device, after warm-up, its inputs changing from call to call and the L2 cache overwritten before
-each; a call shorter than LAUNCH_BOUND is timed in a CUDA graph as well. On a CPU the clock of the process is read around each call. What is
-kept are the median and the quartiles.
+each, the host ahead of the device; a call shorter than LAUNCH_BOUND is timed in a CUDA graph as well. On a CPU the clock of the process is
+read around each call. What is kept are the median and the quartiles.
 """
 
 import contextlib
@@ -27,6 +27,8 @@ LAUNCH_BOUND = 2.0
 """Milliseconds under which the host's part of a call may show in its time."""
 MOST_SETS = 16
 """Of inputs that take turns."""
+LONGEST_START = 0.02
+"""Seconds that the device waits at most for the host to get ahead of it."""
 QUICK, DEFAULT, FULL = range(3)
 """Levels: a run takes the cases of its level and those below."""
 
@@ -60,8 +62,8 @@ class TimeLimit(Exception):
 class Implementation:
     """build: from one set of inputs to a call without arguments that gives the outputs; what happens in `build` is not timed. needs: the
     modules that it imports. ours: of this project. comparable: does the same work from the same inputs; if not, it is shown, and is no peer
-    in ratios. slow: compiles for some seconds, so that a quick run leaves it out, and one of the default level times it in cases of
-    the quick level alone.
+    in ratios. slow: compiles for some seconds, so that a quick run leaves it out, and one of the default level times it in representative
+    cases alone.
     """
 
     name: str
@@ -77,8 +79,9 @@ class Problem:
     """A case made ready on a device.
 
     make: inputs, other ones for each seed. reference: from inputs to what the outputs should be, in float64 or float32, or a part of each,
-    which `part` takes from a result. flops, bytes: the least that any implementation has to do. tolerance: else that of `dtype`.
-    gradients: whether calls differentiate. capturable: whether calls can be in a CUDA graph.
+    which `part` takes from a result. flops, bytes: the least that any implementation has to do; flops are 0 where they are not known.
+    tolerance: else that of `dtype`. gradients: whether calls differentiate. capturable: whether calls can be in a CUDA graph; if not, they
+    are of a whole model, and what the host takes for them is part of their time.
     """
 
     make: Callable[[int], Any]
@@ -97,6 +100,7 @@ class Problem:
 class Case:
     """op: the name of the group. name: of the model and its size. shape: what a reader asks for: tokens, heads, head_dim, dtype, pass, ...
     make: a Problem on a device. series: cases of one series differ in their tokens alone. devices: kinds that it is meant for.
+    representative: the default level times slow implementations too; cases of the quick level are that anyway.
     """
 
     op: str
@@ -106,10 +110,15 @@ class Case:
     level: int = DEFAULT
     series: str | None = None
     devices: tuple[str, ...] = ("cuda",)
+    representative: bool = False
 
     @property
     def id(self) -> str:
         return f"{self.op}/{self.name}"
+
+    def takes_slow(self, level: int) -> bool:
+        """Whether a run of a level times slow implementations here."""
+        return level == FULL or (level == DEFAULT and (self.representative or self.level == QUICK))
 
 
 @dataclass(frozen=True)
@@ -211,15 +220,15 @@ class Stopwatch:
 
     def sets(self, bytes_: float) -> int:
         """How many sets of inputs of so many bytes take turns: enough that the first is out of the cache when it comes again."""
-        if not self.cuda:
+        if not self.cuda or not bytes_:  # prompts, whose tensors each call makes
             return 2
         wanted = min(MOST_SETS, max(2, math.ceil(2 * self.cache / max(bytes_, 1))))
         free, _ = torch.cuda.mem_get_info(self.settings.device)
         return max(1, min(wanted, int(0.3 * free / max(bytes_, 1))))
 
-    def time(self, calls: Sequence[Callable[[], Any]]) -> Times:
-        """Of calls that take turns, one by one."""
-        return self._time_cuda(calls) if self.cuda else self._time_cpu(calls)
+    def time(self, calls: Sequence[Callable[[], Any]], ahead: bool = True) -> Times:
+        """Of calls that take turns, one by one. ahead: on a GPU, without what the host takes to launch them."""
+        return self._time_cuda(calls, ahead) if self.cuda else self._time_cpu(calls)
 
     def _slow(self, times: Times) -> bool:
         """Whether calls are so long that three of them have to do."""
@@ -239,14 +248,16 @@ class Stopwatch:
                 break
         return times
 
-    def _time_cuda(self, calls) -> Times:
-        for call in (*calls, *calls)[: max(3, len(calls))]:
-            call()
-        torch.cuda.synchronize()
+    def _time_cuda(self, calls, ahead: bool) -> Times:
+        host, whole = self._warm_up(calls)
+        size = self.settings.least if whole < self.settings.seconds else 1
         times, end = Times(), time.perf_counter() + self.settings.seconds
-        while len(times.samples) < self.settings.most:
-            # In batches, so that the host is ahead of the device within one and can look at the clock between them.
-            batch = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(self.settings.least)]
+        while len(times.samples) < self.settings.most and not self._slow(times):
+            # In batches, so that the host can look at the clock between them. The device waits until the host has launched a batch: short
+            # calls would else be timed with the launches in between, which in a model hide behind what runs before.
+            batch = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(size)]
+            if ahead:
+                torch.cuda._sleep(int(2e9 * min(1.5 * host * size, LONGEST_START)))  # in clocks
             for i, (start, stop) in enumerate(batch):
                 self.flushed.add_(1)
                 start.record()
@@ -254,9 +265,23 @@ class Stopwatch:
                 stop.record()
             torch.cuda.synchronize()
             times.samples += [start.elapsed_time(stop) for start, stop in batch]
-            if time.perf_counter() > end:
+            if time.perf_counter() > end and len(times.samples) >= self.settings.least:
                 break
         return times
+
+    def _warm_up(self, calls) -> tuple[float, float]:
+        """Each call once, of slow ones some. Seconds that the host takes to launch one, and until it is done."""
+        start, host, whole = time.perf_counter(), 0.0, 0.0
+        for i, call in enumerate((*calls, *calls)[: max(3, len(calls))]):
+            begin = time.perf_counter()
+            self.flushed.add_(1)
+            call()
+            host = time.perf_counter() - begin
+            torch.cuda.synchronize()
+            whole = time.perf_counter() - begin
+            if i > 0 and time.perf_counter() - start > 4 * self.settings.seconds:
+                break
+        return host, whole
 
     def time_in_graph(self, calls: Sequence[Callable[[], Any]]) -> Times:
         """Of calls that take turns in a captured CUDA graph, which holds at least eight; the cache is warm where all inputs fit it."""
@@ -322,43 +347,42 @@ class Bench:
         self.settings, self.stopwatch = settings, Stopwatch(settings)
         self.samples: list[float] = []  # of the last implementation that was timed, milliseconds
 
-    def measure(self, case: Case, skip: Callable[[str], bool] = lambda name: False, on_start: Callable = lambda name: None):
+    def measure(self, case: Case, skip: Callable[[str], bool] = lambda name: False, on_start: Callable = lambda blank: None):
         """Yields a Measurement of each implementation of a case but those to skip; no failure of one is one of another. An error of the
-        case itself is yielded as that of an implementation without a name.
+        case itself, or of its reference, is yielded as that of an implementation without a name. on_start: told of each before it runs,
+        by a Measurement that says no more than what it will be of.
         """
+        result = self._blank(case, None)
         try:
-            problem = case.make(self.settings.device)
+            with time_limit(self.settings.limit):
+                problem = case.make(self.settings.device)
+                slow = case.takes_slow(self.settings.level)
+                todo = [each for each in problem.implementations if (slow or not each.slow) and not skip(each.name)]
+                expected = problem.reference(problem.make(0)) if todo else None
         except Exception as error:
-            yield self._blank(case, None, status="failed", reason=f"case: {type(error).__name__}: {first_line(error)}")
+            self._fail(result, _status(error), error)
+            self._tidy()
+            yield result
             return
-        expected = None
-        for implementation in problem.implementations:
-            if skip(implementation.name) or (implementation.slow and self.settings.level < FULL and self.settings.level <= case.level):
-                continue
-            on_start(implementation.name)
+        for implementation in todo:
             start, result = time.perf_counter(), self._blank(case, implementation, problem)
+            on_start(result)
             why = missing(implementation.needs)
             if why is not None:
                 result.status, result.reason = "missing", why
             else:
                 try:
                     with time_limit(self.settings.limit):
-                        if expected is None:
-                            inputs = problem.make(0)
-                            expected = problem.reference(inputs)
-                            del inputs
                         self._measure(problem, implementation, expected, result)
                 except Unsupported as error:
                     result.status, result.reason = "unsupported", first_line(error)
-                except TimeLimit as error:
-                    self._fail(result, "timed out", error)
-                except torch.cuda.OutOfMemoryError as error:
-                    self._fail(result, "out of memory", error)
                 except Exception as error:
-                    self._fail(result, "failed", error)
+                    self._fail(result, _status(error), error)
             result.seconds = round(time.perf_counter() - start, 3)
             self._tidy()
             yield result
+        del problem, todo, expected  # a model may be among them, and the next case needs its memory
+        self._tidy()
 
     def _fail(self, result: Measurement, status: str, error: BaseException) -> None:
         result.ms = result.low = result.high = result.graph_ms = None
@@ -389,7 +413,7 @@ class Bench:
             result.peak_bytes, result.workspace_bytes = self.stopwatch.memory(call)
             sets = self.stopwatch.sets(storage_bytes(inputs))
             calls = [call] + [implementation.build(problem.make(seed)) for seed in range(1, sets)]
-            times = self.stopwatch.time(calls)
+            times = self.stopwatch.time(calls, problem.capturable)
             self.samples = times.samples
             result.ms, (result.low, result.high) = digits(times.median), map(digits, times.quartiles)
             result.samples, result.status = len(times.samples), "ok"
@@ -432,6 +456,10 @@ class Bench:
             with contextlib.suppress(Exception):
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
+
+
+def _status(error: Exception) -> str:
+    return "timed out" if isinstance(error, TimeLimit) else "out of memory" if isinstance(error, torch.OutOfMemoryError) else "failed"
 
 
 def digits(value: float | None, count: int = 5) -> float | None:

@@ -1,14 +1,20 @@
-"""Cases of patch embedding: clips to tokens, by a product that gathers its patches, a convolution, or a permutation and a product."""
+"""Cases of the first and the last layer: clips to tokens, by a product that gathers its patches, a convolution, or a permutation and a
+product; and tokens to clips, normalised, modulated, multiplied and scattered.
+"""
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from tubelet.kernels import patch_embed
+from tubelet.kernels import Modulation, VideoLayout, patch_embed, unpatchify
 
-from .harness import DEFAULT, QUICK, Case, Implementation
+from .harness import DEFAULT, FULL, QUICK, Case, Implementation
+from .norms import plain_norm
 from .peers import compile_
-from .plain import case
+from .plain import case, implementation
 
-OP = "patch embed"
+OP, LAST = "patch embed", "final layer"
+PATCH = (1, 2, 2)
 
 
 def permuted(clips, weight, bias, patch):
@@ -27,12 +33,26 @@ def convolved(clips, weight, bias, patch):
     return torch.cat([F.conv3d(clip[None], kernel, bias, stride=patch)[0].flatten(1).T for clip in clips])
 
 
-def convolution(device: torch.device) -> list[Implementation]:
-    found = [Implementation("Conv3d", lambda inputs: lambda: convolved(**inputs))]
+def convolution(device: torch.device, leaves: tuple[str, ...] = ()) -> list[Implementation]:
+    found = [implementation("Conv3d", convolved, leaves)]
     if device.type == "cuda":
-        compiled = compile_(convolved)
-        found.append(Implementation("Conv3d, torch.compile", lambda inputs: lambda: compiled(**inputs), slow=True))
+        found.append(implementation("Conv3d, torch.compile", compile_(convolved), leaves, slow=True))
     return found
+
+
+def scattered(tokens, weight, bias, shift, scale, rows, layout):
+    """Norm and modulation, a product, and a permutation of each clip."""
+    patches = F.linear(plain_norm(tokens, shift, scale, rows), weight, bias)
+    found = []
+    for span in layout.clips:
+        x = patches[span.video_start : span.video_stop].unflatten(0, span.grid).unflatten(-1, (-1, *PATCH))
+        found.append(x.permute(3, 0, 4, 1, 5, 2, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2).contiguous())
+    return found
+
+
+def ours_scattered(tokens, weight, bias, shift, scale, rows, layout, implementation):
+    how = {"weight": weight, "bias": bias, "norm": Modulation(shift, scale), "rows": rows}
+    return unpatchify(tokens, layout, len(weight) // 4, PATCH, **how, implementation=implementation)
 
 
 def cases() -> list[Case]:
@@ -49,10 +69,27 @@ def cases() -> list[Case]:
 
         def make(draw, device, clips=clips, channels=channels, width=width):
             weight, bias = draw(width, 4 * channels), draw(width)
-            return {"clips": [draw(channels, *clip) for clip in clips], "weight": weight, "bias": bias, "patch": (1, 2, 2)}
+            return {"clips": [draw(channels, *clip) for clip in clips], "weight": weight, "bias": bias, "patch": PATCH}
+
+        def make_last(draw, device, clips=clips, channels=channels, width=width, tokens=tokens):
+            layout = VideoLayout.pack([(t, h // 2, w // 2) for t, h, w in clips], device=device)
+            tables = {"shift": draw(len(clips), width), "scale": draw(len(clips), width), "rows": layout.rows("clip")}
+            weight = draw(4 * channels, width) * width**-0.5
+            return {"tokens": draw(tokens, width), "weight": weight, "bias": draw(4 * channels), **tables, "layout": layout}
 
         shape = {"tokens": tokens, "clips": len(clips), "channels": channels, "width": width}
         flops = 8 * tokens * channels * width
-        how = {"make": make, "ours": patch_embed, "plain": permuted, "flops": flops, "level": level, "devices": devices}
-        found.append(case(OP, name, shape, others=convolution, **how))
+        first = {"make": make, "ours": patch_embed, "plain": permuted, "devices": devices}
+        found.append(case(OP, name, shape, others=convolution, flops=flops, level=level, **first))
+        # As in training: the weights have gradients, and what is put into the model has none.
+        leaves = ("weight", "bias")
+        once = DEFAULT if level == QUICK else FULL
+        back = {"leaves": leaves, "level": once, "representative": level == QUICK, "flops": flops}
+        if name != "mixed pack":
+            found.append(case(OP, name, shape, others=partial(convolution, leaves=leaves), **first, **back))
+            last = {"make": make_last, "ours": ours_scattered, "plain": scattered, "devices": devices}
+            flops += 8 * tokens * width
+            found.append(case(LAST, name, shape, flops=flops, level=level if level == QUICK else FULL, **last))
+            back |= {"leaves": ("tokens", "weight", "bias", "shift", "scale"), "flops": 2 * flops + 20 * tokens * width}
+            found.append(case(LAST, name, shape, **last, **back))
     return found

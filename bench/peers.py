@@ -58,6 +58,19 @@ def by_parts(setup: Setup, attend: Callable[[Group, Tensor, Tensor, Tensor], Ten
     return run
 
 
+def repeated(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With a head of keys and values for each of q's: (..., heads, length, head_dim), for what takes no fewer."""
+    groups = q.shape[-3] // k.shape[-3]
+    return (q, k, v) if groups == 1 else (q, k.repeat_interleave(groups, dim=-3), v.repeat_interleave(groups, dim=-3))
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, name: str | None, **options) -> Tensor:
+    if name == "efficient":
+        q, k, v = repeated(q, k, v)
+    with backend(name):
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+
+
 def backend(name: str | None):
     """A context in which scaled_dot_product_attention runs by one back end alone."""
     if name is None:
@@ -74,23 +87,18 @@ def torch_attention(setup: Setup, name: str | None, copy: bool = False) -> Atten
         if part.kind == "site" and part.batch > 65_535 and name != "efficient" and setup.device.type == "cuda":
             raise Unsupported(f"{part.batch} sequences: more than 65,535 in a batch fail (pytorch #146704)")
 
-    def attend(part, q, k, v):
-        with backend(name):
-            return F.scaled_dot_product_attention(q, k, v, **masks[part])
-
-    return by_parts(setup, attend, copy)
+    return by_parts(setup, lambda part, q, k, v: sdpa(q, k, v, name, **masks[part]), copy)
 
 
 def _sdpa_mask(part: Group, setup: Setup, name: str | None) -> dict:
-    if part.keys * part.length > LARGEST_DENSE:
-        seen = part.mask(setup.mask, setup.device, slice(0, 1))
-    else:
-        seen = part.mask(setup.mask, setup.device)
     rule = setup.mask.as_rule()
-    if seen is None or (len(seen) == part.length and bool(seen.all())) or not (rule.causal or rule.window):
+    if part.kind == "frame" or setup.cross or not (rule.causal or rule.window):
         return {}
-    if len(seen) != part.length:
+    if part.keys * part.length > LARGEST_DENSE:
         raise Unsupported("the mask would be a matrix of more than 4 GB")
+    seen = part.mask(setup.mask, setup.device)
+    if bool(seen.all()):
+        return {}
     if part.kind == "site" and torch.equal(seen, torch.ones_like(seen).tril()):
         return {"is_causal": True}
     if name == "flash":
@@ -110,12 +118,8 @@ def by_chunks(setup: Setup, name: str | None) -> Attention:
         outs, size = [], mask.chunk * part.sites
         for start in range(0, part.length, size):
             first = max(0, start - size * (mask.window - 1)) if mask.window else 0
-            with backend(name):
-                outs.append(
-                    F.scaled_dot_product_attention(
-                        q[:, :, start : start + size], k[:, :, first : start + size], v[:, :, first : start + size]
-                    )
-                )
+            keys = slice(first, start + size)
+            outs.append(sdpa(q[:, :, start : start + size], k[:, :, keys], v[:, :, keys], name))
         return torch.cat(outs, dim=2)
 
     return by_parts(setup, attend)
@@ -137,7 +141,7 @@ def eager(setup: Setup, compiled: bool = False) -> Attention:
         return scores.float().softmax(dim=-1).to(v.dtype) @ v
 
     run = compile_(expression) if compiled else expression
-    return by_parts(setup, lambda part, q, k, v: run(q, k, v, hidden[part]))
+    return by_parts(setup, lambda part, q, k, v: run(*repeated(q, k, v), hidden[part]))
 
 
 def compile_(function: Callable, **options) -> Callable:
@@ -188,7 +192,13 @@ def xformers(setup: Setup) -> Attention:
     ops = importlib.import_module("xformers.ops")
     bias = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens(*lengths(setup), device=setup.device)
     bias = bias.make_causal() if causal(setup) else bias
-    return in_order(setup, lambda q, k, v: ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0])
+
+    def attend(q, k, v):
+        if k.shape[1] != q.shape[1]:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias)[0]
+
+    return in_order(setup, attend)
 
 
 def flash_varlen(setup: Setup, module: str) -> Attention:
@@ -219,9 +229,9 @@ def flex(setup: Setup, flash: bool = False) -> Attention:
     def seen(b, h, i, j):
         return setup.mask.allowed(queries[i], keys[j])
 
-    blocks = module.create_block_mask(
-        seen, None, None, setup.layout.tokens, setup.kv_layout.tokens, device=setup.device, _compile=setup.device.type == "cuda"
-    )
+    # Compiled, since a matrix of all pairs is made else.
+    make = compile_(module.create_block_mask) if setup.device.type == "cuda" else module.create_block_mask
+    blocks = make(seen, None, None, setup.layout.tokens, setup.kv_layout.tokens, device=setup.device)
     run, options = compile_(module.flex_attention), {"kernel_options": {"BACKEND": "FLASH"}} if flash else {}
 
     def attend(q, k, v):
@@ -236,7 +246,7 @@ def sage(setup: Setup) -> Attention:
     if setup.head_dim not in (64, 96, 128):
         raise Unsupported("head dims 64, 96 and 128 alone")
     is_causal = causal(setup)
-    return by_parts(setup, lambda part, q, k, v: function(q, k, v, tensor_layout="HND", is_causal=is_causal))
+    return by_parts(setup, lambda part, q, k, v: function(*repeated(q, k, v), tensor_layout="HND", is_causal=is_causal))
 
 
 class Peer(NamedTuple):

@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parent / "results"
 """Of the committed results."""
 VARIABLE = "TUBELET_COMMIT"
 """Names the commit where there is no repository around this code."""
-STATUSES = ("ok", "wrong", "failed", "missing", "unsupported", "out of memory", "timed out")
+STATUSES = ("ok", "wrong", "failed", "missing", "unsupported", "out of memory", "timed out", "not run")
 VERSIONS = ("tubelet", "torch", "triton", "diffusers", "xformers", "flash-attn", "flash-attn-4", "liger-kernel", "sageattention", "numpy")
 
 
@@ -33,7 +33,8 @@ VERSIONS = ("tubelet", "torch", "triton", "diffusers", "xformers", "flash-attn",
 class Measurement:
     """One implementation of one case. Times in milliseconds: `ms` is the median of single calls, `low` and `high` its quartiles, `graph_ms`
     the median in a CUDA graph, where the call is so short that the host would be timed. peak_bytes: allocated at the peak of a call beyond
-    what was there; workspace_bytes: the part of it that is not output. error, allowed: of the norm, of the largest element.
+    what was there; workspace_bytes: the part of it that is not output. error, allowed: of the norm, of the largest element. An empty
+    `implementation` stands for the case: it could not be made, or, "not run", the time of the run was over before.
     """
 
     op: str
@@ -78,7 +79,7 @@ class Ceilings:
 @dataclass
 class Run:
     """A file. clocks: of the GPU while the run went on, MHz, W and degrees Celsius, lowest, median and highest. complete: False for a run
-    that was interrupted.
+    that was interrupted, or whose time was over before its last case.
     """
 
     device: str

@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,22 @@ from .roofline import floor_ms
 
 BEGIN, END = "<!-- speed: written by `tubelet bench report --readme` -->", "<!-- end of speed -->"
 LEVELS = ("quick", "default", "full")
-INK, OURS, PEER, GOOD, BAD = "#1f2430", "#2563eb", "#9aa3b2", "#15803d", "#b91c1c"
+INK, OURS, PEER, BAD = "#1f2430", "#2563eb", "#9aa3b2", "#b91c1c"
+OTHERS = (
+    "#ea7317",
+    "#15803d",
+    "#9333ea",
+    "#b45309",
+    "#0e7490",
+    "#be185d",
+    "#4d7c0f",
+    "#6b7280",
+    "#c2410c",
+    "#7c3aed",
+    "#047857",
+    "#a16207",
+)
+"""Colours of lines that are not ours, none of them blue."""
 
 
 @dataclass(frozen=True)
@@ -69,23 +85,49 @@ def latest(runs: Sequence[tuple[Path, Run]]) -> list[tuple[Path, Run]]:
 
 
 def rows(run: Run) -> list[Row]:
-    """The cases of a run, in its order."""
+    """The cases of a run that have been run, op by op. Like is compared with like: if ours and a peer were timed in a graph, the best of
+    those, and else the best of single calls.
+    """
     cases: dict[tuple[str, str], list[Measurement]] = {}
-    for each in run.measurements:
-        cases.setdefault((each.op, each.case), []).append(each)
+    for each in sorted(run.measurements, key=_order(run)):
+        if each.implementation:
+            cases.setdefault((each.op, each.case), []).append(each)
     found = []
     for (op, case), each in cases.items():
         timed = [m for m in each if m.status == "ok" and m.comparable]
-        ours = min((m for m in timed if m.ours), key=lambda m: m.ms, default=None)
-        peer = min((m for m in timed if not m.ours), key=lambda m: m.ms, default=None)
-        in_graph = bool(ours and ours.graph_ms)
-        if in_graph and peer:  # only like with like, and against the best of those
-            peer = min((m for m in timed if not m.ours and m.graph_ms), key=lambda m: m.graph_ms, default=peer)
-            in_graph = bool(peer.graph_ms)
-            if not in_graph:
-                peer = min((m for m in timed if not m.ours), key=lambda m: m.ms)
+        mine, theirs = [m for m in timed if m.ours], [m for m in timed if not m.ours]
+        in_graph = any(m.graph_ms for m in mine) and (any(m.graph_ms for m in theirs) or not theirs)
+        ours, peer = (
+            min((m for m in some if m.graph_ms or not in_graph), key=lambda m: m.graph_ms if in_graph else m.ms, default=None)
+            for some in (mine, theirs)
+        )
         found.append(Row(op, case, ours, peer, floor_ms(each[0], run.ceilings), in_graph))
     return found
+
+
+def _order(run: Run):
+    """A key of measurements: op by op, as they first come. A run goes from one to the next and back."""
+    place: dict[str, int] = {}
+    for each in run.measurements:
+        place.setdefault(each.op, len(place))
+    return lambda each: place[each.op]
+
+
+def outcome(run: Run) -> str:
+    """How many cases are faster than the best peer, and how many are not: of all, so that none is picked."""
+    found = [_verdict(row) for row in rows(run) if row.ratio]
+    if not found:
+        return ""
+    ratio = statistics.median(row.ratio for row in rows(run) if row.ratio)
+    counts = {verdict: found.count(verdict) for verdict in ("faster", "slower", "the same within the noise")}
+    told = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
+    return f"Against the best peer, of {len(found)} cases: {told}; the median is {ratio:.2f} times as fast."
+
+
+def _verdict(row: Row) -> str:
+    if not row.in_graph and row.ours.low <= row.peer.high and row.peer.low <= row.ours.high:
+        return "the same within the noise"
+    return "faster" if row.ratio > 1 else "slower"
 
 
 def exponents(run: Run) -> list[tuple[str, str, float, list[tuple[int, float]]]]:
@@ -104,6 +146,36 @@ def exponents(run: Run) -> list[tuple[str, str, float, list[tuple[int, float]]]]
     return found
 
 
+@dataclass(frozen=True)
+class Served:
+    """Requests of a packing case by one implementation: tokens a second, and the milliseconds until the mean and the last are done."""
+
+    series: str
+    case: str
+    how: str
+    requests: int
+    rate: float
+    mean: float
+    longest: float
+
+
+def packing(run: Run) -> list[Served]:
+    """In a pack or a batch all are done at its end. One by one, of requests of one size, the i-th of n is done after i n-ths of the time;
+    mixed sizes are taken to come in any order, so that the mean is the same.
+    """
+    found = []
+    for each in run.measurements:
+        if each.op == "packing" and each.status == "ok":
+            n, alone = each.shape["clips"], each.implementation.endswith("one by one")
+            rate = each.shape["tokens"] / each.ms * 1e3
+            served = Served(each.series or each.case, each.case, each.implementation, n, rate, each.ms, each.ms)
+            found.append(replace(served, mean=each.ms * (n + 1) / (2 * n)) if alone else served)
+            if n == 1:  # there is nothing to pack
+                found.append(replace(served, how=f"{each.implementation} one by one"))
+    order = list(dict.fromkeys(each.series for each in found))
+    return sorted(found, key=lambda each: (order.index(each.series), each.requests))
+
+
 def slope(points: Sequence[tuple[float, float]]) -> float:
     """Of log y over log x, by least squares."""
     xs, ys = ([math.log(p[i]) for p in points] for i in (0, 1))
@@ -113,13 +185,15 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 
 def summary(run: Run) -> Table:
     """For the terminal."""
-    table = Table("op", "case", "tubelet, ms", "best peer, ms", "", "times as fast", "of the floor")
+    table = Table("case")
+    for name in ("tubelet\nms", "best peer\nms", "times\nas fast", "of the\nfloor"):
+        table.add_column(name, justify="right", min_width=6)
     for row in rows(run):
         ours = f"{row.time(row.ours):.4g}" if row.ours else "-"
-        peer = f"{row.time(row.peer):.4g}" if row.peer else "-"
+        peer = f"{row.time(row.peer):.4g} {row.peer.implementation}" if row.peer else "-"
         style = None if row.ratio is None else "green" if row.ratio >= 1.05 else "red" if row.ratio < 0.95 else None
-        name = row.peer.implementation if row.peer else ""
-        table.add_row(row.op, row.case, ours, peer, name, _number(row.ratio, "{:.2f}"), _number(row.of_floor, "{:.0%}"), style=style)
+        ratio, floor = _number(row.ratio, "{:.2f}"), _number(row.of_floor, "{:.0%}")
+        table.add_row(f"{row.op}: {row.case}", ours, peer, ratio, floor, style=style)
     return table
 
 
@@ -145,13 +219,13 @@ def update_readme(path: Path, runs: Sequence[tuple[Path, Run]]) -> None:
 
 
 def speed_section(runs: Sequence[tuple[Path, Run]]) -> str:
-    """For the README: of each device, cases of the quick level, in words that claim no more than was measured."""
+    """For the README: of each device how it came out in all cases, and the first case of each op, which is the one that a quick run has."""
     parts = []
     if not any(run.kind == "cuda" for _, run in runs):
         parts.append("No result of a GPU is committed yet, so no speed on a GPU is claimed. `tubelet bench` measures yours.")
     for path, run in runs:
-        shown = [row for row in rows(run) if row.ours and row.op not in ("length", "packing")]
-        what = f"**{run.device}**" + ("" if run.kind == "cuda" else " (a CPU: no GPU was used)")
+        shown = list({row.op: row for row in reversed(rows(run)) if row.ours}.values())[::-1]
+        what = f"**{run.device}**" + ("" if run.kind == "cuda" else " (a CPU: no GPU was used, and this says nothing of any)")
         commit = (run.commit or "unknown")[:8] + (" with changes" if run.dirty else "")
         lines = [f"{what}, {run.date[:10]}, commit {commit}, torch {run.versions.get('torch', '?')}, from `{path.name}`:", ""]
         lines += ["| op | case | ours, ms | best peer, ms | times as fast | of the floor |", "|---|---|---|---|---|---|"]
@@ -159,6 +233,7 @@ def speed_section(runs: Sequence[tuple[Path, Run]]) -> str:
             peer = f"{row.time(row.peer):.3g} ({row.peer.implementation})" if row.peer else "-"
             cells = [row.op, row.case, f"{row.time(row.ours):.3g}", peer, _number(row.ratio, "{:.2f}"), _number(row.of_floor, "{:.0%}")]
             lines.append("| " + " | ".join(cells) + " |")
+        lines += ["", outcome(run)] if outcome(run) else []
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -183,11 +258,13 @@ def _heading(run: Run) -> list[str]:
     rates = ", ".join(f"{name} {rate / 1e12:.4g} TFLOP/s" for name, rate in ceilings.matmul.items())
     lines = [
         f"Measured on {run.date}, level {run.level}, commit {run.commit or 'unknown'}{' with changes' if run.dirty else ''}"
-        + ("" if run.complete else "; the run was not finished") + ".",
+        + ("" if run.complete else f"; the run was not finished{_left_out(run)}") + ".",
         f"Versions: {versions}." + (f" Driver {run.driver}." if run.driver else ""),
     ]  # fmt: skip
     if ceilings.copy:
         lines.append(f"Ceilings in this run: copy {ceilings.copy / 1e9:.4g} GB/s; matrix products {rates}.")
+    if outcome(run):
+        lines.append(outcome(run))
     if run.clocks:
         seen = "; ".join(f"{name} {low:g} / {middle:g} / {high:g}" for name, (low, middle, high) in run.clocks.items())
         lines.append(f"Clocks seen, lowest / median / highest: {seen}.")
@@ -197,6 +274,11 @@ def _heading(run: Run) -> list[str]:
             busy = ", so other programs took part of it, and these figures are not to be trusted" if is_busy(run) else ""
             lines.append(f"Load of the machine when the run began: {run.host['load']:g}{busy}.")
     return lines
+
+
+def _left_out(run: Run) -> str:
+    number = sum(each.status == "not run" for each in run.measurements)
+    return f", {number} of its cases for want of time" if number else ""
 
 
 def _markdown(runs, pictures) -> str:
@@ -211,8 +293,13 @@ def _markdown(runs, pictures) -> str:
         if fits:
             parts += ["Cost against length, time ~ tokens^e:", "", "| series | implementation | e |", "|---|---|---|"]
             parts += [f"| {series} | {name} | {exponent:.2f} |" for series, name, exponent, _ in fits] + [""]
+        waits = packing(run)
+        if waits:
+            parts += ["Packing: throughput, and how long a request waits until it is done:", ""]
+            parts += ["| requests | how | tokens a second | mean wait, ms | longest wait, ms |", "|---|---|---|---|---|"]
+            parts += [f"| {each.case} | {each.how} | {each.rate:,.0f} | {each.mean:.4g} | {each.longest:.4g} |" for each in waits] + [""]
         floors = {(row.op, row.case): row for row in rows(run)}
-        for op in dict.fromkeys(each.op for each in run.measurements):
+        for op in dict.fromkeys(each.op for each in run.measurements if each.status == "ok"):
             parts += [f"### {op}", ""]
             parts += [
                 "| case | implementation | ms | quartiles | in a graph | TFLOP/s | GB/s | of the floor | peak MB | workspace MB | error |"
@@ -252,6 +339,7 @@ def _pictures(of: Path, run: Run, out: Path) -> dict[str, Path]:
     from matplotlib import pyplot
 
     found = {}
+    device = run.device if run.kind == "cuda" else f"{run.device}; no GPU"
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": INK, "text.color": INK}
     with pyplot.rc_context(style):
         for name, title, draw in (
@@ -263,39 +351,50 @@ def _pictures(of: Path, run: Run, out: Path) -> dict[str, Path]:
         ):
             figure = draw(run, pyplot)
             if figure is not None:
+                figure.suptitle(f"{title} ({device})", x=0.01, y=1 + 0.12 / figure.get_figheight(), ha="left", va="bottom", fontsize=10)
                 path = out / f"{of.stem}-{name}.png"
                 figure.savefig(path, dpi=150, bbox_inches="tight")
                 pyplot.close(figure)
-                found[f"{title}, {run.device}"] = path
+                found[f"{title}, {device}"] = path
     return found
+
+
+def _rounded(value: float) -> str:
+    """Three digits, and none of them as an exponent."""
+    return f"{float(f'{value:.3g}'):,g}"
 
 
 def _draw_ratio(run: Run, pyplot):
     shown = [row for row in rows(run) if row.ratio]
     if not shown:
         return None
-    figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.22 * len(shown)))
+    figure, axes = pyplot.subplots(figsize=(8, 0.8 + 0.2 * len(shown)), layout="constrained")
     for i, row in enumerate(reversed(shown)):
-        noise = row.ours.low <= row.peer.high and row.peer.low <= row.ours.high
-        axes.barh(i, row.ratio - 1, left=1, color=PEER if noise else OURS if row.ratio >= 1 else BAD, height=0.7)
+        colour = {"faster": OURS, "slower": BAD}.get(_verdict(row), PEER)
+        axes.barh(i, row.ratio - 1, left=1, color=colour, height=0.7)
         axes.text(max(row.ratio, 1), i, f" {row.ratio:.2f}  {row.peer.implementation}", va="center", fontsize=7)
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.set_yticks(range(len(shown)), [f"{row.op}: {row.case}" for row in reversed(shown)], fontsize=7)
     ratios = [row.ratio for row in shown]
     axes.set_xscale("log")
     axes.set_xlim(min(0.5, 0.9 * min(ratios)), 3.5 * max(1.2, *ratios))
-    _plain_ticks(axes.xaxis, [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100], axes.get_xlim())
+    _plain_ticks(axes.xaxis, axes.get_xlim())
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.set_xlabel("times as fast as the best peer of the run, which is named; grey: the quartiles overlap")
     return figure
 
 
-def _plain_ticks(axis, values: Sequence[float], limits: tuple[float, float] = (0, math.inf)) -> None:
-    """On a logarithmic axis, ticks at these values, written as they are."""
+def _plain_ticks(axis, limits: tuple[float, float], values: Sequence[float] | None = None) -> None:
+    """On a logarithmic axis, ticks at these values, or at 1, 2 and 5 times powers of ten (powers alone if those are many), written as they
+    are.
+    """
     from matplotlib import ticker
 
-    values = [value for value in values if limits[0] <= value <= limits[1]]
-    axis.set_major_locator(ticker.FixedLocator(values))
+    if values is None:
+        found = [(digit, digit * 10.0**power) for power in range(-9, 13) for digit in (1, 2, 5)]
+        found = [(digit, value) for digit, value in found if limits[0] <= value <= limits[1]]
+        values = [value for digit, value in found if digit == 1 or len(found) <= 9]
+    axis.set_major_locator(ticker.FixedLocator(list(values)))
     axis.set_major_formatter(ticker.FixedFormatter([f"{value:,g}" for value in values]))
     axis.set_minor_locator(ticker.NullLocator())
 
@@ -304,74 +403,103 @@ def _draw_roofline(run: Run, pyplot):
     shown = [(row, row.ours) for row in rows(run) if row.ours and row.ours.flops and row.ours.bytes]
     if not shown or not run.ceilings.copy or not run.ceilings.matmul:
         return None
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    intensities = [m.flops / m.bytes for _, m in shown]
-    low, high = min(intensities) / 2, max(*intensities, 2 * max(run.ceilings.matmul.values()) / run.ceilings.copy) * 2
-    for i, (name, rate) in enumerate(sorted(run.ceilings.matmul.items(), key=lambda each: -each[1])):
-        ridge = rate / run.ceilings.copy
-        axes.plot([low, ridge, high], [low * run.ceilings.copy / 1e12, rate / 1e12, rate / 1e12], color=INK, linewidth=1, alpha=1 - 0.2 * i)
-        axes.text(high, rate / 1e12, f" {name}", va="center", fontsize=7)
-    markers, ops = "os^Dv<>Pp*Xhd", list(dict.fromkeys(row.op for row, _ in shown))
-    for op in ops:
+    figure, axes = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
+    copy, intensities = run.ceilings.copy, [m.flops / m.bytes for _, m in shown]
+    roofs: dict[float, list[str]] = {}  # those that are within a tenth of each other are one line
+    for name, rate in sorted(run.ceilings.matmul.items(), key=lambda each: -each[1]):
+        near = next((other for other in roofs if rate > 0.9 * other), rate)
+        roofs.setdefault(near, []).append(name)
+    low, high = min(intensities) / 2, 2 * max(*intensities, 2 * max(roofs) / copy)
+    for rate, names in roofs.items():
+        axes.plot([low, rate / copy, high], [low * copy / 1e12, rate / 1e12, rate / 1e12], color=INK, linewidth=1, alpha=0.7)
+        axes.text(high, rate / 1e12, f"{', '.join(names)}: {_rounded(rate / 1e12)} TFLOP/s ", va="bottom", ha="right", fontsize=7)
+    ridge = min(roofs) / copy
+    middle, what = (low * ridge) ** 0.5, f"copy: {_rounded(copy / 1e9)} GB/s  "
+    axes.text(middle, middle * copy / 1e12, what, ha="right", va="bottom", fontsize=7)
+    colours, markers = (OURS, *OTHERS), "os^Dv<>Pp*Xhd8"
+    for i, op in enumerate(dict.fromkeys(row.op for row, _ in shown)):
         points = [(m.flops / m.bytes, m.flops / row.time(m) / 1e-3 / 1e12) for row, m in shown if row.op == op]
-        axes.scatter(*zip(*points, strict=True), marker=markers[ops.index(op) % len(markers)], s=28, label=op, alpha=0.85)
+        colour = colours[i % len(colours)]
+        filled = colour if i < len(colours) else "none"  # there are more ops than colours that the eye tells apart
+        how = {"marker": markers[i % len(markers)], "facecolors": filled, "edgecolors": colour, "s": 28, "alpha": 0.85, "linewidth": 1}
+        axes.scatter(*zip(*points, strict=True), label=op, **how)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte that has to move", ylabel="TFLOP/s")
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.12, 0.5))
+    for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        _plain_ticks(axis, limits)
+    figure.legend(fontsize=7, frameon=False, loc="outside right center")
     return figure
 
 
+def _lines(axes, lines: dict[str, list[tuple[float, float]]], labels: dict[str, str] | None = None, colours: dict | None = None) -> None:
+    """Lines by name, those of ours thick and blue, with ticks at the points' own places on a logarithmic x axis."""
+    colours = colours or _colours(lines)
+    for name, line in lines.items():
+        ours = name.startswith("tubelet")
+        axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, label=(labels or {}).get(name, name), color=colours[name],
+                  linewidth=2 if name == "tubelet" else 1.2, linestyle="--" if "one by one" in name or "graph" in name else "-",
+                  zorder=3 if ours else 2)  # fmt: skip
+    axes.set_xscale("log")
+    places = sorted({x for line in lines.values() for x, _ in line})
+    _plain_ticks(axes.xaxis, (0, math.inf), places[:: 1 + len(places) // 5])
+
+
+def _colours(names) -> dict[str, str]:
+    others = [name for name in names if not name.startswith("tubelet")]
+    return {name: OURS if name not in others else OTHERS[others.index(name) % len(OTHERS)] for name in names}
+
+
 def _draw_length(run: Run, pyplot):
-    lines = exponents(run)
-    if not lines:
+    fits = exponents(run)
+    if not fits:
         return None
-    series = list(dict.fromkeys(line[0] for line in lines))
-    figure, panels = pyplot.subplots(1, len(series), figsize=(4.2 * len(series), 3.6), squeeze=False)
+    series = list(dict.fromkeys(fit[0] for fit in fits))
+    figure, panels = pyplot.subplots(1, len(series), figsize=(4.2 * len(series), 4.2), squeeze=False, layout="constrained")
+    colours = _colours(dict.fromkeys(fit[1] for fit in fits))
     for axes, name in zip(panels[0], series, strict=True):
-        for _, implementation, exponent, points in (line for line in lines if line[0] == name):
-            ours = implementation == "tubelet"
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, color=OURS if ours else None, linewidth=2 if ours else 1,
-                      zorder=3 if ours else 2, alpha=1 if ours else 0.7, label=f"{implementation}: tokens^{exponent:.2f}")  # fmt: skip
-        axes.set(xscale="log", yscale="log", title=name, xlabel="tokens", ylabel="ms")
-        lengths = sorted({x for line in lines if line[0] == name for x, _ in line[3]})
-        _plain_ticks(axes.xaxis, lengths[:: 1 + len(lengths) // 5])
-        axes.legend(fontsize=6, frameon=False)
-    figure.tight_layout()
+        mine = [fit for fit in fits if fit[0] == name]
+        labels = {each: f"{each}: tokens^{exponent:.2f}" for _, each, exponent, _ in mine}
+        _lines(axes, {each: points for _, each, _, points in mine}, labels, colours)
+        axes.set(yscale="log", title=name, xlabel="tokens", ylabel="ms")
+        _plain_ticks(axes.yaxis, axes.get_ylim())
+        axes.legend(fontsize=6, frameon=False, loc="upper left")
     return figure
 
 
 def _draw_packing(run: Run, pyplot):
-    points: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for each in run.measurements:
-        if each.op == "packing" and each.series and each.status == "ok":
-            rate = each.shape["tokens"] / each.ms / 1e3  # million tokens a second
-            points.setdefault(each.series, {}).setdefault(each.implementation, []).append((each.shape["clips"], rate))
-    if not points:
+    served: dict[str, list[Served]] = {}
+    for each in packing(run):
+        served.setdefault(each.series, []).append(each)
+    served = {series: some for series, some in served.items() if len({each.requests for each in some}) > 1}
+    if not served:
         return None
-    figure, panels = pyplot.subplots(1, len(points), figsize=(3.6 * len(points), 3.4), squeeze=False)
-    for axes, (series, lines) in zip(panels[0], points.items(), strict=True):
-        for name, line in lines.items():
-            ours = name.startswith("tubelet")
-            axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, label=name, color=OURS if name == "tubelet" else None,
-                      linestyle="-" if "one by one" not in name else "--", linewidth=1.6 if ours else 1)  # fmt: skip
-        axes.set(xscale="log", title=series, xlabel="requests", ylabel="million tokens a second")
-        _plain_ticks(axes.xaxis, sorted({x for line in lines.values() for x, _ in line}))
-        axes.set_ylim(bottom=0)
-        axes.legend(fontsize=6, frameon=False)
-    figure.tight_layout()
+    figure, panels = pyplot.subplots(2, len(served), figsize=(3.4 * len(served), 6), squeeze=False, layout="constrained")
+    names = list(dict.fromkeys(each.how for some in served.values() for each in some))
+    colours = _colours(names) | {"tubelet one by one": "#60a5fa"}
+    for column, (series, some) in zip(panels.T, served.items(), strict=True):
+        for axes, what in zip(column, ("rate", "mean"), strict=True):
+            lines = {name: [(each.requests, getattr(each, what)) for each in some if each.how == name] for name in names}
+            _lines(axes, {name: line for name, line in lines.items() if line}, colours=colours)
+            axes.set_xlabel("requests")
+        column[0].set(title=series, ylabel="tokens a second", ylim=(0, None))
+        column[0].yaxis.set_major_formatter("{x:,.0f}")
+        column[1].set(yscale="log", ylabel="mean wait for a request, ms")
+        _plain_ticks(column[1].yaxis, column[1].get_ylim())
+    handles = {label: handle for axes in panels.flat for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, fontsize=7, frameon=False, loc="outside lower center", ncols=len(handles))
     return figure
 
 
 def _draw_graph(run: Run, pyplot):
-    lines: dict[str, list[tuple[int, float]]] = {}
+    lines: dict[str, list[tuple[float, float]]] = {}
     for each in run.measurements:
         if each.op == "CUDA graph" and each.status == "ok":
             lines.setdefault(each.implementation, []).append((each.shape["tokens"], each.ms))
-    if not lines:
+    if max(map(len, lines.values()), default=0) < 2:
         return None
-    figure, axes = pyplot.subplots(figsize=(5, 3.6))
-    for name, line in lines.items():
-        axes.plot(*zip(*sorted(line), strict=True), marker="o", markersize=3, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms of four blocks")
+    figure, axes = pyplot.subplots(figsize=(5.5, 3.8), layout="constrained")
+    _lines(axes, lines)
+    axes.set(yscale="log", xlabel="tokens", ylabel="ms of four blocks")
+    _plain_ticks(axes.yaxis, axes.get_ylim())
     axes.legend(fontsize=7, frameon=False)
     return figure
 
@@ -380,8 +508,9 @@ def _html(runs, pictures) -> str:
     data = []
     for _, run in runs:
         best = {(row.op, row.case): row for row in rows(run)}
-        for each in run.measurements:
-            row, ms = best[each.op, each.case], each.graph_ms or each.ms
+        for each in sorted(run.measurements, key=_order(run)):
+            row = best.get((each.op, each.case), Row(each.op, each.case, None, None, None, False))
+            ms = each.graph_ms or each.ms
             peer = row.time(row.peer) if row.peer else None
             mine = (each.graph_ms if row.in_graph else each.ms) if each.ms else None
             data.append(
@@ -426,7 +555,8 @@ tr.ours td:nth-child(4) { color: var(--ours); font-weight: 600; } tr.bad td:nth-
 </style></head><body>
 <h1>Benchmarks of tubelet</h1>
 <p>Times are medians; the spread is between the quartiles. "Floor" is the least time that the copy bandwidth and the matrix product rate of
-the same run allow. "Against the best peer" above 1 is faster than it. What each figure means in detail is told in bench/README.md.</p>
+the same run allow. "Against the best peer" above 1 is faster than it. What a device is called begins with CPU where no GPU was used: such
+figures say nothing of any GPU. What each figure means in detail is told in bench/README.md.</p>
 <h2>All measurements</h2>
 <div class="controls"><label>Filter <input type="search" id="words" placeholder="words, all of which must be there"></label>
 <label>Device <select id="device"><option value="">all</option></select></label>

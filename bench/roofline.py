@@ -49,9 +49,11 @@ def _product(n: int, dtype: torch.dtype, device: torch.device):
 
 
 def floor_ms(measurement: Measurement, ceilings: Ceilings) -> float | None:
-    """The least time that the ceilings allow, in milliseconds."""
+    """The least time that the ceilings allow, in milliseconds; None where the FLOPs are not known, since bytes alone say little then."""
+    if not measurement.flops:
+        return None
     rates = ceilings.matmul
     rate = rates.get(measurement.shape.get("dtype", ""), max(rates.values(), default=None)) if rates else None
     parts = [measurement.bytes / ceilings.copy if ceilings.copy and measurement.bytes else 0.0]
-    parts.append(measurement.flops / rate if rate and measurement.flops else 0.0)
+    parts.append(measurement.flops / rate if rate else 0.0)
     return 1e3 * max(parts) or None

@@ -1,4 +1,6 @@
-"""Cases of QK norm with rotary position embedding: q and k are views of a fused tensor."""
+"""Cases of QK norm with rotary position embedding, forwards and backwards: q and k are views of a fused tensor."""
+
+from functools import partial
 
 import torch
 from tubelet.kernels import VideoLayout, qk_norm_rope, rotary_table
@@ -9,10 +11,10 @@ from .plain import case, wide
 OP = "QK norm and rotary"
 
 
-def plain(qkv, q_weight, k_weight, cos, sin, across_heads=False):
+def plain(q, k, q_weight, k_weight, cos, sin, across_heads=False):
     """RMS norm of each head, or across heads, and pairs of neighbours turned."""
     found = []
-    for x, weight in ((qkv[:, 0], q_weight), (qkv[:, 1], k_weight)):
+    for x, weight in ((q, q_weight), (k, k_weight)):
         y = wide(x.flatten(1) if across_heads else x)
         y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6) * weight).view(x.shape)
         first, second = y[..., 0::2], y[..., 1::2]
@@ -21,10 +23,8 @@ def plain(qkv, q_weight, k_weight, cos, sin, across_heads=False):
     return found
 
 
-def ours(qkv, q_weight, k_weight, cos, sin, implementation, across_heads=False):
-    return qk_norm_rope(
-        qkv[:, 0], qkv[:, 1], q_weight, k_weight, cos, sin, across_heads=across_heads, eps=1e-6, implementation=implementation
-    )
+def ours(q, k, q_weight, k_weight, cos, sin, implementation, across_heads=False):
+    return qk_norm_rope(q, k, q_weight, k_weight, cos, sin, across_heads=across_heads, eps=1e-6, implementation=implementation)
 
 
 def cases() -> list[Case]:
@@ -45,12 +45,17 @@ def cases() -> list[Case]:
             table = rotary_table(VideoLayout.pack([grid], device=device).positions, (head_dim - 2 * sides, sides, sides))
             width = heads * head_dim if across else head_dim
             weights = {"q_weight": draw(width), "k_weight": draw(width)}
-            return {"qkv": draw(tokens, 3, heads, head_dim), **weights, "cos": table[0], "sin": table[1], "across_heads": across}
+            q, k, _ = draw(tokens, 3, heads, head_dim).unbind(1)
+            return {"q": q, "k": k, **weights, "cos": table[0], "sin": table[1], "across_heads": across}
 
-        def moved(inputs, outputs, tokens=tokens, heads=heads, head_dim=head_dim):
-            return 4 * tokens * heads * head_dim * inputs["qkv"].element_size() + 2 * inputs["cos"].numel() * 4
+        def moved(inputs, outputs, both=2):
+            return both * 2 * inputs["q"].numel() * inputs["q"].element_size() + 2 * inputs["cos"].numel() * 4
 
         shape = {"tokens": tokens, "heads": heads, "head_dim": head_dim}
-        flops = 20 * tokens * heads * head_dim
-        found.append(case(OP, name, shape, make=make, ours=ours, plain=plain, moved=moved, flops=flops, level=level, devices=devices))
+        n = tokens * heads * head_dim
+        how = {"make": make, "ours": ours, "plain": plain, "devices": devices}
+        found.append(case(OP, name, shape, flops=20 * n, moved=moved, level=level, **how))
+        # Of each of q and k are read itself and the gradient of what was made of it, and its own gradient is written.
+        back = {"moved": partial(moved, both=3), "leaves": ("q", "k", "q_weight", "k_weight"), "flops": 50 * n}
+        found.append(case(OP, name, shape, level=DEFAULT if level == QUICK else FULL, representative=level == QUICK, **how, **back))
     return found

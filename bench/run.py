@@ -5,6 +5,8 @@ not return, the failure is put down to that implementation and a new worker goes
 """
 
 import contextlib
+import gc
+import math
 import multiprocessing
 import os
 import platform
@@ -23,12 +25,12 @@ from typing import Any
 from . import record
 from .record import Ceilings, Measurement, Run
 
-SECONDS = {"quick": 0.06, "default": 0.2, "full": 0.4}
+SECONDS = {"quick": 0.06, "default": 0.1, "full": 0.4}
 """Of timing for each implementation of a case."""
-LIMITS = {"quick": 30.0, "default": 60.0, "full": 150.0}
+LIMITS = {"quick": 20.0, "default": 40.0, "full": 150.0}
 """Seconds for each, compiling included."""
-BUDGETS = {"quick": 90.0, "default": 480.0, "full": None}
-"""Seconds for a run; cases that would begin later are left out."""
+BUDGETS = {"cuda": {"quick": 80.0, "default": 465.0, "full": None}, "cpu": {"quick": 80.0, "default": 285.0, "full": None}}
+"""Seconds for a run, a little less than is promised, since programs start and end too; what is not measured by then is "not run"."""
 GRACE = 15.0
 """Seconds after its limit after which a worker that does not answer is ended."""
 START = 180.0
@@ -64,7 +66,7 @@ class Plan:
     def __post_init__(self):
         self.seconds = SECONDS[self.level] if self.seconds is None else self.seconds
         self.limit = LIMITS[self.level] if self.limit is None else self.limit
-        self.budget = BUDGETS[self.level] if self.budget is None else self.budget
+        self.budget = BUDGETS[self.device][self.level] if self.budget is None else self.budget
 
 
 def cases_of(plan: Plan) -> list:
@@ -124,13 +126,16 @@ def run(plan: Plan, out: Path, tell: Callable[[Progress], None] = lambda progres
 
     try:
         while True:
-            worker = _Worker(plan, done, result.ceilings if result.ceilings.copy else None, log)
+            worker = _Worker(plan, counts.finished, done, result.ceilings if result.ceilings.copy else None, log)
             state = worker.follow(plan, progress, counts, add, result, lambda: record.write(result, path), tell, start)
             worker.end()
             if state == "end":
                 result.complete = True
                 break
             if state == "budget":
+                why = f"the {plan.budget:.0f} s of the run were over"
+                for case in cases[counts.finished :]:  # that which was under way too, since it is not whole
+                    result.measurements.append(_blank(case, "not run", reason=why))
                 break
             if state != "started":  # it died, or was ended, before it measured anything
                 broken_starts += 1
@@ -149,24 +154,30 @@ def run(plan: Plan, out: Path, tell: Callable[[Progress], None] = lambda progres
     return path, result
 
 
+def _blank(case: Any, status: str = "failed", **fields) -> Measurement:
+    """Of a case as a whole."""
+    return Measurement(case.op, case.name, "", status, shape=case.shape, series=case.series, **fields)
+
+
 class _Counts:
-    """How far a run is, and from that how long it will take."""
+    """How far a run is, and from that how long it will take; no longer than its budget."""
 
     def __init__(self, cases: int):
         self.cases, self.finished = cases, 0
 
-    def left(self, spent: float) -> float | None:
-        return spent / self.finished * (self.cases - self.finished) if self.finished else None
+    def left(self, spent: float, budget: float | None) -> float | None:
+        left = spent / self.finished * (self.cases - self.finished) if self.finished else None
+        return left if left is None or budget is None else max(0.0, min(left, budget - spent))
 
 
 class _Worker:
     """A process that measures, seen from the one that writes results."""
 
-    def __init__(self, plan: Plan, done: set, ceilings: Ceilings | None, log: Path):
+    def __init__(self, plan: Plan, first: int, done: set, ceilings: Ceilings | None, log: Path):
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(
-            target=serve, args=(theirs, plan, done, ceilings, str(log))
+            target=serve, args=(theirs, plan, first, done, ceilings, str(log))
         )  # no daemon: compilers start processes of their own
         self.process.start()
         theirs.close()
@@ -178,8 +189,11 @@ class _Worker:
         """
         current, deadline, state = None, time.monotonic() + START, "it said nothing"
         while True:
-            message = self._next(deadline)
+            over = math.inf if plan.budget is None else start + plan.budget
+            message = self._next(min(deadline, over))
             spent = time.monotonic() - start
+            if time.monotonic() >= over and (message is None or message[0] not in ("result", "end")):
+                return "budget"
             if message is None:
                 dead = not self.process.is_alive()
                 why = f"the process ended with code {self.process.exitcode}" if dead else "took too long, and did not stop"
@@ -195,9 +209,7 @@ class _Worker:
                 deadline = time.monotonic() + START
             elif kind == "case":
                 progress.case, counts.finished = content[0], content[1]
-                progress.done, progress.left = counts.finished, counts.left(spent)
-                if plan.budget is not None and spent > plan.budget:
-                    return "budget"
+                progress.done, progress.left = counts.finished, counts.left(spent, plan.budget)
                 deadline, current = time.monotonic() + plan.limit + GRACE, content[2]
                 tell(progress)
             elif kind == "start":
@@ -239,15 +251,15 @@ class _Worker:
         self.connection.close()
 
 
-def serve(connection, plan: Plan, done: set, ceilings: Ceilings | None, log: str) -> None:
-    """The worker: what it and its libraries print goes to the log."""
+def serve(connection, plan: Plan, first: int, done: set, ceilings: Ceilings | None, log: str) -> None:
+    """The worker, which goes on with the case of a number, but for what is done: what it and its libraries print goes to the log."""
     with open(log, "a", buffering=1) as file:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(file.fileno(), stream.fileno())
         sys.stdout = sys.stderr = file
         try:
-            _serve(connection, plan, done, ceilings)
+            _serve(connection, plan, first, done, ceilings)
         except (BrokenPipeError, KeyboardInterrupt):
             pass
         except BaseException as error:
@@ -256,7 +268,7 @@ def serve(connection, plan: Plan, done: set, ceilings: Ceilings | None, log: str
                 connection.send(("error", f"{type(error).__name__}: {error}"))
 
 
-def _serve(connection, plan: Plan, done: set, ceilings: Ceilings | None) -> None:
+def _serve(connection, plan: Plan, first: int, done: set, ceilings: Ceilings | None) -> None:
     import logging
     import warnings
 
@@ -271,25 +283,26 @@ def _serve(connection, plan: Plan, done: set, ceilings: Ceilings | None) -> None
     if ceilings is None:
         connection.send(("ceilings", roofline.measure(settings)))
     bench = Bench(settings)
-    for number, case in enumerate(cases_of(plan)):
-        blank = Measurement(case.op, case.name, "", "failed", shape=case.shape, series=case.series)
+    for number, case in list(enumerate(cases_of(plan)))[first:]:
+        blank = _blank(case)
         if blank.key in done:
             continue
         connection.send(("case", case.id, number, blank))
 
-        def on_start(name: str, blank=blank) -> None:
-            connection.send(("start", replace(blank, implementation=name)))
-
         def skip(name: str, case=case) -> bool:
             return (case.op, case.name, name) in done
 
-        for measurement in bench.measure(case, skip, on_start):
+        for measurement in bench.measure(case, skip, lambda blank: connection.send(("start", blank))):
             connection.send(("result", measurement))
             if measurement.reason and measurement.status not in ("missing", "unsupported") and bench.broken():
                 connection.send(("broken",))
                 return
         with contextlib.suppress(Exception):
             torch._dynamo.reset()
+        # What is alive between cases lives as long as the process. To look at it again would take a third of a second each time, and
+        # garbage is collected after each implementation.
+        gc.collect()
+        gc.freeze()
     connection.send(("end",))
 
 

@@ -1,13 +1,14 @@
-"""All cases, in the order in which they run: what tells most comes first, since a run may be interrupted."""
+"""All cases, in the order in which they run: what tells most comes first, since a run may be interrupted, or its time be over."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 
-from . import attention, block, fp8, graphs, guidance, norms, packing, patch_embed, rotary, sampling, temporal
+from . import attention, block, fp8, graphs, group_norm, guidance, norms, packing, patch_embed, rotary, sampling, temporal
 from .harness import Case
 
 LEVELS = ("quick", "default", "full")
-MODULES = (temporal, attention, norms, rotary, patch_embed, fp8, guidance, block, graphs, packing, sampling)
+MODULES = (temporal, attention, norms, rotary, patch_embed, fp8, guidance, group_norm, block, graphs, packing, sampling)
 
 
 def every() -> list[Case]:
@@ -24,7 +25,8 @@ def every() -> list[Case]:
 
 def select(device: str, level: str, only: Sequence[str] = ()) -> list[Case]:
     """Those of a kind of device and of a level and those below, whose op or name contains one of `only`, if that is given. Those of the
-    lower level come first. Raises ValueError if a word of `only` fits none.
+    lower level come first; within a level each op has its turn, and a series is one turn, so that no op is without any when time is short.
+    Raises ValueError if a word of `only` fits none.
     """
     cases = [case for case in every() if device in case.devices and case.level <= LEVELS.index(level)]
     for word in only:
@@ -32,4 +34,10 @@ def select(device: str, level: str, only: Sequence[str] = ()) -> list[Case]:
             ops = ", ".join(dict.fromkeys(case.op for case in cases))
             raise ValueError(f"--only: no case has {word!r} in its name; the ops are {ops}")
     chosen = [case for case in cases if not only or any(word.lower() in case.id.lower() for word in only)]
-    return sorted(chosen, key=lambda case: case.level)
+    turns, taken = {}, Counter()
+    for case in chosen:
+        key = case.level, case.op, case.series or case.name
+        if key not in turns:
+            turns[key] = taken[key[:2]]
+            taken[key[:2]] += 1
+    return sorted(chosen, key=lambda case: (case.level, turns[case.level, case.op, case.series or case.name]))

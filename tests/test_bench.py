@@ -2,6 +2,7 @@
 suite.
 """
 
+import copy
 import importlib
 import math
 import os
@@ -11,9 +12,22 @@ import types
 
 import pytest
 import torch
-from tubelet.bench import attention, peers, record, run, suite
-from tubelet.bench.harness import QUICK, Bench, Case, Implementation, Problem, Settings, Tolerance, Unsupported, relative_error
+from tubelet.bench import attention, peers, record, run, sampling, suite
+from tubelet.bench.harness import (
+    DEFAULT,
+    QUICK,
+    TOLERANCE,
+    Bench,
+    Case,
+    Implementation,
+    Problem,
+    Settings,
+    Tolerance,
+    Unsupported,
+    relative_error,
+)
 from tubelet.bench.sequences import groups, reference
+from tubelet.engine import Engine
 from tubelet.kernels import FrameCausal, Full, Spatial, Temporal, VideoLayout
 from tubelet.kernels.attention.reference import attention_reference
 
@@ -138,6 +152,13 @@ def test_a_case_that_cannot_be_made_is_told_of():
     assert found.status == "failed" and "no such device" in found.reason
 
 
+def test_a_reference_that_fails_is_put_down_to_no_implementation():
+    problem = problem_of(right=lambda x: 2 * x)
+    problem.reference = lambda x: time.sleep(30)
+    (found,) = measure(problem, limit=0.2).values()
+    assert (found.implementation, found.status) == ("", "timed out")
+
+
 def test_relative_error_of_more_or_other_tensors_is_infinite():
     x = torch.ones(3)
     assert relative_error([x, x], [x]).norm == math.inf and relative_error(x, torch.ones(4)).norm == math.inf
@@ -176,9 +197,21 @@ def test_the_reference_of_cross_attention():
     torch.testing.assert_close(reference(q, k, v, groups(GRIDS, Full(), [3, 3, 5, 1, 7]), Full(), range(4))[0], out)
 
 
+def test_the_reference_of_joint_layouts_and_grouped_heads():
+    words = [3, 1, 5, 2, 4]
+    shape = attention.Shape(GRIDS, 4, 8, Full(), joint=words, text_first=True)
+    layout = VideoLayout.pack(GRIDS, text=words, text_first=True)
+    q, k, v, _ = inputs(layout.tokens)
+    assert shape.tokens == layout.tokens
+    for heads in (4, 2):
+        out, _ = attention_reference(q.double(), k[:, :heads].double(), v[:, :heads].double(), layout, Full(), layout, 8**-0.5)
+        torch.testing.assert_close(reference(q, k[:, :heads], v[:, :heads], shape.sequences(), Full(), range(4))[0], out)
+
+
 def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
     """What flash_attn_varlen_func is to do."""
     out = torch.empty_like(q)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     for a, b, c, d in zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], cu_seqlens_k[:-1], cu_seqlens_k[1:], strict=True):
         parts = (x[i:j].transpose(0, 1) for x, i, j in ((q, a, b), (k, c, d), (v, c, d)))
         out[a:b] = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=causal).transpose(0, 1)
@@ -223,12 +256,15 @@ def libraries(monkeypatch):
 @pytest.mark.parametrize("peer", [peer for peer in peers.PEERS if "FLASH" not in peer.name], ids=lambda peer: peer.name)
 def test_peers_do_the_same(peer, libraries):
     """All of them on all masks that they say they can do, in the shapes that they take."""
-    did = 0
-    for mask, text in [(mask, None) for mask in MASKS] + [(Full(), [3, 3, 5, 1, 7])]:
-        layout = VideoLayout.pack(GRIDS)
-        kv_layout = layout if text is None else VideoLayout.segments(text)
+    did, words = 0, [3, 3, 5, 1, 7]
+    shapes = [attention.Shape(GRIDS, 4, 8, mask) for mask in MASKS] + [attention.Shape(GRIDS, 4, 8, Full(), text=words)]
+    shapes += [attention.Shape(GRIDS, 4, 8, Full(), joint=words), attention.Shape(GRIDS, 4, 8, FrameCausal(chunk=2), kv_heads=2)]
+    for shape in shapes:
+        mask, layout = shape.mask, VideoLayout.pack(GRIDS, text=shape.joint)
+        kv_layout = layout if shape.text is None else VideoLayout.segments(shape.text)
         q, k, v, _ = inputs(layout.tokens, kv_layout.tokens)
-        parts = groups(GRIDS, mask, text)
+        k, v = (x[:, : shape.kv_heads] for x in (k, v))
+        parts = shape.sequences()
         setup = peers.Setup(parts, layout, kv_layout, mask, 4, 8, torch.float32)._replace(
             head_dim=64 if peer.name == "SageAttention" else 8
         )
@@ -252,9 +288,40 @@ def test_cases_have_names_of_their_own_and_every_level_more():
     assert {case.op for case in suite.select("cuda", "full", ["temporal"])} == {"temporal", "length"}
 
 
+def test_each_op_has_its_turn():
+    """When time is short, none is left out because of where it stands."""
+    chosen = suite.select("cuda", "default")
+    assert [case.level for case in chosen] == sorted(case.level for case in chosen)
+    places: dict[str, list[int]] = {}
+    for i, case in enumerate(case for case in chosen if case.level == DEFAULT):
+        places.setdefault(case.op, []).append(i)
+    assert max(each[0] for each in places.values()) < places["temporal"][1]
+    for name in ("four blocks", "full attention", "256 tokens each"):
+        where = [i for i, case in enumerate(chosen) if case.series == name and case.level == DEFAULT]
+        assert where == list(range(where[0], where[0] + len(where))), name
+
+
+def test_latents_of_a_video_are_a_fair_check_of_half_precision():
+    """Noise decodes to almost nothing, of which bfloat16's rounding is a large part."""
+    vae = Engine.from_pretrained(device=CPU).vae.requires_grad_(False)
+    space, _ = vae.encode_space(sampling.moving_waves(0, 4, 32, 32, CPU))
+    allowed = TOLERANCE[torch.bfloat16]
+    errors = []
+    for each in (space, torch.randn(space.shape, generator=torch.Generator().manual_seed(0))):
+        exact = vae.decode_space(each)
+        errors.append(relative_error(copy.deepcopy(vae).to(torch.bfloat16).decode_space(each.to(torch.bfloat16)), exact).norm)
+    assert errors[0] < 0.5 * allowed.norm < 2 * allowed.norm < errors[1]
+
+
+CPU_CASES = suite.select("cpu", "quick") + [
+    case for case in suite.select("cpu", "default") if case.shape.get("pass") == "backward" and "attention" not in case.op
+]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU `tubelet bench --quick` is the test")
-@pytest.mark.parametrize("case", suite.select("cpu", "quick"), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.id)
 def test_quick_suite(case):
+    """And the backward passes of all ops but attention, whose expression is differentiated here."""
     for each in Bench(Settings(CPU, seconds=0.001, least=2)).measure(case):
         assert each.status in ("ok", "missing"), each
         assert each.flops is not None and each.bytes > 0 and each.shape["dtype"] == "float32"
@@ -313,6 +380,23 @@ def test_an_interrupted_run_keeps_what_it_measured(plan, tmp_path):
     (path,) = tmp_path.glob("*.json")
     result = record.read(path)
     assert len(result.measurements) == 1 and result.measurements[0].status == "ok" and not result.complete
+
+
+def test_a_run_ends_when_its_time_is_over(plan, tmp_path):
+    """In the middle of an implementation too; what was not measured is listed in the order of its importance."""
+    plan.limit, hung = 600.0, []
+
+    def tell(progress):
+        if progress.implementation == "hangs":
+            plan.budget = 0.0
+            hung.append(time.monotonic())
+
+    path, result = run.run(plan, tmp_path, tell)
+    assert time.monotonic() - hung[0] < 30
+    assert record.read(path) == result and not result.complete
+    assert [(each.case, each.implementation, each.status) for each in result.measurements] == [
+        ("first", "crashes", "failed"), ("first", "", "not run"), ("second", "", "not run"),
+    ]  # fmt: skip
 
 
 @pytest.mark.gpu

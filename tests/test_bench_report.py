@@ -26,6 +26,7 @@ def a_run(**fields) -> Run:
         timed("temporal", "Latte", "torch SDPA", 2.0),
         timed("temporal", "Latte", "tubelet in torch", 0.1, comparable=False),
         Measurement("temporal", "Latte", "Broken", "wrong", reason="relative error 1 | of the norm", error=[1.0, 1.0]),
+        Measurement("norms", "long", "", "not run", reason="the 465 s of the run were over"),
         Measurement("temporal", "Latte", "xFormers", "missing", reason="xformers.ops: No module <named> so"),
         timed("norms", "short", "tubelet", 0.05, graph_ms=0.01),
         timed("norms", "short", "eager torch", 0.05, graph_ms=0.03),
@@ -130,13 +131,31 @@ def test_report(tmp_path):
     names = {path.name for path in written}
     assert {"report.md", "report.html"} <= names and len([name for name in names if name.endswith(".png")]) == 10
     text, page = (tmp_path / "out" / "report.md").read_text(), (tmp_path / "out" / "report.html").read_text()
-    for words in ("NVIDIA Test 9000", "copy 3000 GB/s", "torch SDPA", "relative error 1 / of the norm", "They say nothing of any GPU"):
+    for words in ("NVIDIA Test 9000", "copy 3000 GB/s", "torch SDPA", "relative error 1 / of the norm", "They say nothing of any GPU",
+                  "| (case) | not run | the 465 s of the run were over | norms (1) |",
+                  "of 6 cases: 5 faster, 0 slower, 1 the same within the noise"):  # fmt: skip
         assert words in text
+    assert "![Packing, CPU x; no GPU]" in text
     assert "xformers.ops: No module" in text
     # One file: pictures inside, and nothing from elsewhere.
     assert page.count("data:image/png;base64,") == 10 and not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page
     data = json.loads(re.search(r"const data = (.*);\n", page)[1])
     assert len(data) == 2 * len(a_run().measurements) and {len(row) for row in data} == {18}
+
+
+def test_how_long_requests_wait():
+    """In a pack until its end; one by one, the i-th of n for the i before it."""
+    found = {(each.requests, each.how): each for each in report.packing(a_run())}
+    packed, alone = found[4, "tubelet"], found[4, "tubelet one by one"]
+    assert packed.rate == alone.rate == pytest.approx(4 * 64 / 4e-3) and packed.mean == packed.longest == 4
+    assert alone.longest == 4 and alone.mean == (1 + 2 + 3 + 4) / 4
+    assert found[1, "tubelet one by one"].mean == 1  # of a single request also where that was not timed by itself
+
+
+def test_a_floor_needs_flops():
+    run = a_run(measurements=[timed("sampling", "a", "tubelet", 1.0, flops=0.0)])
+    (row,) = report.rows(run)
+    assert row.of_floor is None
 
 
 def test_latest_prefers_more_than_quick(tmp_path):
@@ -165,7 +184,11 @@ def test_the_readme_says_where_there_is_no_gpu(tmp_path):
     path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.update_readme(path, [(tmp_path / "cpu.json", a_run(device="CPU x", kind="cpu"))])
     text = path.read_text()
-    assert "no speed on a GPU is claimed" in text and "CPU x** (a CPU: no GPU was used)" in text and "old" not in text
+    assert (
+        "no speed on a GPU is claimed" in text
+        and "CPU x** (a CPU: no GPU was used, and this says nothing of any)" in text
+        and "old" not in text
+    )
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     report.update_readme(path, [(tmp_path / "gpu.json", a_run())])
     again = path.read_text()
@@ -192,6 +215,8 @@ def test_a_regression_is_found_and_noise_is_not():
     assert differences(before, Measurement("op", "a", "tubelet", "wrong", ours=True)) == [("ok -> wrong", True)]
     assert differences(before, Measurement("op", "a", "tubelet", "out of memory", ours=True)) == [("ok -> out of memory", True)]
     assert differences(before, timed("op", "b", "tubelet", 1.0)) == [("missing", False), ("new", False)]
+    short = a_run(measurements=[Measurement("op", "a", "", "not run")])
+    assert [each.verdict for each in compare(a_run(measurements=[before]), short)] == ["not run"]
     slow_peer = timed("op", "a", "torch", 1.0), timed("op", "a", "torch", 2.0)
     assert differences(*slow_peer) == [] and differences(*slow_peer, peers=True) == [("slower", False)]
 
