@@ -11,6 +11,8 @@ from .swaps import Swaps
 
 KNOWN_DIFFUSERS = "0.42"
 FAMILIES = {
+    "CosmosControlNetModel": "cosmos",
+    "CosmosTransformer3DModel": "cosmos",
     "HeliosTransformer3DModel": "helios",
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
     "HunyuanVideoFramepackTransformer3DModel": "framepack",
