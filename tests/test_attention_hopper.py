@@ -318,6 +318,7 @@ def test_what_it_cannot_do_is_said():
         ((q, odd, v, Full()), r"multiples of 16 bytes, got k with strides \(68, 68\)"),
         ((q, k, shifted, Full()), "multiples of 16 bytes, got v"),
         ((q, k[:1].expand(k.shape), v, Full()), r"got k with strides \(0, 64\)"),
+        ((q, k, v, Full(), torch.zeros(1, dtype=torch.int32)), "does not read text_lengths"),
     ]:
         with pytest.raises(AssertionError, match=words):
             raise AssertionError(hopper.unavailable(*arguments))

@@ -41,12 +41,14 @@ def test_the_backward_written_out(name, mask):
             assert_close(ours, x.grad, torch.float64)
 
 
+@pytest.mark.parametrize("lengths", [None, [2, 1]], ids=["", "text lengths"])
 @pytest.mark.parametrize("implementation", implementations())
-def test_registered_as_it_should_be(implementation):
+def test_registered_as_it_should_be(implementation, lengths):
     layout, text = VideoLayout.pack([(3, 2, 3), (1, 2, 2)], device=DEVICE), VideoLayout.segments([3, 4], device=DEVICE)
     q, k, v = leaves(*to_device(qkv_of(layout, text)))
     rule = [int(number) for number in FrameCausal().as_rule()]
-    rest = (*[None] * 6, True, None, None, layout.handle, text.handle, rule, False, None, False, implementation)
+    lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    rest = (*[None] * 6, True, None, lengths, layout.handle, text.handle, rule, False, None, False, implementation)
     # aot_dispatch_static compares its gradients to those of eager mode, bit for bit or nearly so
     torch.library.opcheck(torch.ops.tubelet.attention, (q, k, v, None, None, None, *rest))
     out, lse = torch.ops.tubelet.attention(q, k, v, None, None, None, *rest)

@@ -45,7 +45,8 @@ def attention(
     heads) and twice (kv tokens, kv heads), as `quantize_rows` gives them. norm_rope: what `qk_norm_rope` is to do to q and k before; the
     kernels of Temporal do it where they read them (norms of single heads, tables shared by heads, pairs of neighbours or halves of the head
     dim), else it is called. text_lengths: int32 (clips,), of the keys of each clip's text how many are there, the first ones; the others
-    are padding that no query sees, whatever stands there, and have a gradient of zero. The host does not read it. Not for Temporal.
+    are padding that no query sees, whatever stands there, and have a gradient of zero (through norm_rope, which is done before, if they are
+    numbers). Lengths below zero or past the text's end are clamped. The host does not read it. Not for Temporal.
     return_lse: also return the log of the sum of exp(scale * q k^T) over each query's keys, with which `merge_attention` joins results over
     parts of the keys; gradients do not flow back through it.
 
@@ -97,6 +98,8 @@ def _check_text_lengths(q: torch.Tensor, mask: Mask, kv_layout: VideoLayout, tex
         return
     if mask.same_site:
         raise ValueError("text_lengths: expected None with Temporal, got a tensor")
+    if not isinstance(text_lengths, torch.Tensor):
+        raise TypeError(f"text_lengths: expected a tensor, got {type(text_lengths).__name__}")
     clips = kv_layout.capacity.clips if kv_layout.capacity else kv_layout.num_clips
     if text_lengths.dtype != torch.int32 or text_lengths.shape != (clips,) or text_lengths.device != q.device:
         got = f"{text_lengths.dtype} {tuple(text_lengths.shape)} on {text_lengths.device}"

@@ -46,7 +46,7 @@ def attention_fused(
     out = make(q.shape, dtype=OUT_OF_FP8 if q.dtype == FP8 else q.dtype, device=q.device)
     lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32, device=q.device)
     if configs.specialised:
-        if text_lengths is None and hopper.unavailable(q, k, v, mask) is None:
+        if hopper.unavailable(q, k, v, mask, text_lengths) is None:
             hopper.forward_hopper(q, k, v, out, lse, layout, mask, kv_layout, scale, configs.forward)
             return out, lse
         configs = default_configs(q.shape[2], q.dtype, **limits(q.device))  # what was tuned is for the other kernel

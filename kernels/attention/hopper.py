@@ -150,8 +150,10 @@ def forward_hopper(
         contextvars.copy_context().run(launch)  # the allocator is a context variable: the caller keeps their own
 
 
-def unavailable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> str | None:
+def unavailable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, text_lengths: torch.Tensor | None = None) -> str | None:
     """Why the kernel cannot run on them, if it cannot."""
+    if text_lengths is not None:
+        return "its table of blocks is made on the host, which does not read text_lengths"
     if mask.same_site:
         return "its blocks are neighbouring tokens, and the mask is one of single sites"
     if q.dtype not in (torch.float16, torch.bfloat16):

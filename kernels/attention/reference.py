@@ -40,7 +40,7 @@ def attention_reference(
 def there(layout: VideoLayout, text_lengths: torch.Tensor) -> torch.Tensor:
     """Which tokens are there, bool (tokens,), if of clip i's text only the first text_lengths[i] are."""
     clips, places = layout.table("text places", _text_places)
-    return places < text_lengths[clips]
+    return places < text_lengths.clamp(min=0)[clips]
 
 
 def _text_places(layout: VideoLayout) -> tuple[torch.Tensor, torch.Tensor]:
