@@ -17,6 +17,7 @@ FAMILIES = {
     "HunyuanVideo15Transformer3DModel": "hunyuan_video15",
     "HunyuanVideoFramepackTransformer3DModel": "framepack",
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
+    "Kandinsky5Transformer3DModel": "kandinsky",
     "LatteTransformer3DModel": "latte",
     "SkyReelsV2Transformer3DModel": "skyreels",
     "WanAnimateTransformer3DModel": "wan",
