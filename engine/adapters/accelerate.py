@@ -19,6 +19,7 @@ FAMILIES = {
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "Kandinsky5Transformer3DModel": "kandinsky",
     "LatteTransformer3DModel": "latte",
+    "SanaVideoTransformer3DModel": "sana_video",
     "SkyReelsV2Transformer3DModel": "skyreels",
     "WanAnimateTransformer3DModel": "wan",
     "WanTransformer3DModel": "wan",

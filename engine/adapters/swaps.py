@@ -211,9 +211,10 @@ class Processor:
         # What the library sets on processors for its own backends; looked at, and refused, where it would be ignored.
         self._attention_backend, self._parallel_config = None, None
 
-    def __call__(self, attn: nn.Module, *args, image_rotary_emb: Any = None, **kwargs):
-        if image_rotary_emb is not None:  # named, since the library's `Attention` drops keyword arguments that a processor does not name
-            kwargs["image_rotary_emb"] = image_rotary_emb
+    def __call__(self, attn: nn.Module, *args, image_rotary_emb: Any = None, rotary_emb: Any = None, **kwargs):
+        for name, value in (("image_rotary_emb", image_rotary_emb), ("rotary_emb", rotary_emb)):
+            if value is not None:  # named, since the library's `Attention` drops keyword arguments that a processor does not name
+                kwargs[name] = value
         if self._parallel_config is not None:
             raise ValueError("model: expected no context parallelism, which these kernels do not know; call report.restore() first")
         return self.function(attn, *args, swaps=self.swaps, **kwargs)
