@@ -17,8 +17,8 @@ from .fp8 import Rows, serves
 from .swaps import Processor, Swaps
 from .wan import MOST_TIMESTEPS, distinct, unpatch
 
-LINEAR = "linear attention is two products of the library: sums over the keys, without a softmax"
-CONVOLUTIONS = "the feed-forward is the library's convolutions, over frames and over their sites"
+LINEAR = "sums over the keys without a softmax: two products of the library"
+CONVOLUTIONS = "the library's: the feed-forward is of convolutions, over frames and over their sites"
 MARK = "_tubelet_takes_rows"
 """Set on blocks whose forward is `block`."""
 Step = Tensor | tuple[Tensor, Tensor]
