@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 
-from . import attention, block, fp8, graphs, group_norm, guidance, norms, packing, patch_embed, rotary, sampling, temporal
+from . import adapters, attention, block, fp8, graphs, group_norm, guidance, norms, packing, patch_embed, rotary, sampling, temporal
 from .harness import Case
 
 LEVELS = ("quick", "default", "full")
-MODULES = (temporal, attention, norms, rotary, patch_embed, fp8, guidance, group_norm, block, graphs, packing, sampling)
+MODULES = (temporal, attention, norms, rotary, patch_embed, fp8, guidance, group_norm, block, adapters, graphs, packing, sampling)
 
 
 def every() -> list[Case]:

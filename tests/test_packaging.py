@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PARTS = ("kernels", "engine", "bench")
 MAY_IMPORT = {"kernels": set(), "engine": {"kernels"}, "bench": {"kernels", "engine"}}
-MODULES = sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py"))
+MODULES = sorted(path for part in PARTS for path in (ROOT / part).rglob("*.py") if "examples" not in path.parts)  # those are scripts
 PACKAGES = sorted("tubelet." + ".".join(path.parent.relative_to(ROOT).parts) for path in MODULES if path.name == "__init__.py")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DATA = (

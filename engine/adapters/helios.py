@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import ops
 from .fp8 import Rows, serves
 from .swaps import Swaps
-from .wan import swap_block, takes_fp8, through, unpatch
+from .wan import A_BLOCK_IS_NOT, swap_block, takes_fp8, through, unpatch
 
 
 def swap(swaps: Swaps) -> None:
@@ -22,9 +22,11 @@ def swap(swaps: Swaps) -> None:
         swaps.patches(where)
     for where, _ in list(swaps.named(helios.HeliosAttention)):
         swaps.processor(where, attend, helios.HeliosAttnProcessor, "qk_norm_rope", "attention", norms=("norm_q", "norm_k"))
-    for where, _ in list(swaps.named(helios.HeliosTransformerBlock)):
-        swap_block(swaps, where, helios.HeliosTransformerBlock, block)
-    if swaps.forward("", forward, {"timesteps of tokens": ("modulated_norm", "gated_residual")}, kind=helios.HeliosTransformer3DModel):
+    kind = helios.HeliosTransformerBlock
+    served = [swap_block(swaps, where, kind, block) for where, _ in list(swaps.named(kind))]
+    if not all(served):
+        swaps.leave("timesteps of tokens", "", A_BLOCK_IS_NOT, servable=True)
+    elif swaps.forward("", forward, {"timesteps of tokens": ("modulated_norm", "gated_residual")}, kind=helios.HeliosTransformer3DModel):
         swaps.serve("norm", "norm_out", "final_layer")
         swaps.last_layer("norm_out.norm", "proj_out")
 

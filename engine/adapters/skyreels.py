@@ -21,11 +21,18 @@ def swap(swaps: Swaps) -> None:
     swaps.patches("patch_embedding")
     for where, _ in list(swaps.named(skyreels.SkyReelsV2Attention)):
         swap_attention(swaps, where, (skyreels.SkyReelsV2AttnProcessor,))
-    for where, _ in list(swaps.named(skyreels.SkyReelsV2TransformerBlock)):
-        swap_block(swaps, where, skyreels.SkyReelsV2TransformerBlock, block)
-    sites = {"mask, timesteps of frames": ("attention", "modulated_norm", "gated_residual")}
-    if swaps.forward("", forward, sites, kind=skyreels.SkyReelsV2Transformer3DModel):
-        swaps.last_layer("norm_out", "proj_out")
+    model, kind = skyreels.SkyReelsV2Transformer3DModel, skyreels.SkyReelsV2TransformerBlock
+    blocks = [where for where, _ in swaps.named(kind)]
+    # The model's forward and its blocks are served together: what they pass on differs from the library's.
+    whole = type(swaps.model).forward is model.forward and not any(swaps.refusal(swaps.module(where)) for where in ("", *blocks))
+    if not whole:
+        for where in ("", *blocks):
+            swaps.leave("norms, modulation, gates", where, "the model's forward or one of its blocks was replaced", servable=True)
+        return
+    for where in blocks:
+        swap_block(swaps, where, kind, block)
+    swaps.forward("", forward, {"mask, timesteps of frames": ("attention", "modulated_norm", "gated_residual")}, kind=model)
+    swaps.last_layer("norm_out", "proj_out")
 
 
 @apply_lora_scale("attention_kwargs")

@@ -17,12 +17,14 @@ from tubelet.kernels import Mask
 
 from . import ops
 from .fp8 import Rows, serves
+from .functions import masked_attention
 from .swaps import Processor, Swaps
 
 TEXT_TOKENS = 512
 """Of the text, which the processor of image-to-video models takes to lie behind the image's."""
 MOST_TIMESTEPS = 256
 """Different timesteps of tokens in one call, or one for each frame if these are more."""
+A_BLOCK_IS_NOT = "a block is not served, and would not know a table of rows"
 Step = Tensor | tuple[Tensor, Tensor]
 """Modulation (batch, 6, dim) or (batch, n, 6, dim), of n stretches of tokens, or rows (n, 6, dim) and the row of each token (tokens,)."""
 
@@ -37,15 +39,17 @@ def swap(swaps: Swaps) -> None:
         norms = ("pre_norm_q", "pre_norm_kv", "norm_q", "norm_k")
         swaps.processor(where, attend_to_face, animate.WanAnimateFaceBlockAttnProcessor, "qk_norm_rope", "attention", norms=norms)
         swaps.linears(where)
+    blocks = []
     for kind, function in (
         (wan.WanTransformerBlock, block),
         (animate.WanTransformerBlock, block),
         (vace.WanVACETransformerBlock, vace_block),
     ):
-        for where, _ in list(swaps.named(kind)):
-            swap_block(swaps, where, kind, function)
+        blocks += [swap_block(swaps, where, kind, function) for where, _ in list(swaps.named(kind))]
     if isinstance(swaps.model, wan.WanTransformer3DModel):
-        if swaps.forward("", forward, {"timesteps of tokens": ("modulated_norm", "gated_residual")}, kind=wan.WanTransformer3DModel):
+        if not all(blocks):
+            swaps.leave("timesteps of tokens", "", A_BLOCK_IS_NOT, servable=True)
+        elif swaps.forward("", forward, {"timesteps of tokens": ("modulated_norm", "gated_residual")}, kind=wan.WanTransformer3DModel):
             swaps.last_layer("norm_out", "proj_out")
     else:
         swaps.leave("norm", "norm_out", "once a step, in the model's own forward")
@@ -56,8 +60,8 @@ def swap_attention(swaps: Swaps, where: str, kinds: tuple[type, ...]) -> None:
     swaps.processor(where, attend, kinds, "qk_norm_rope", "attention", norms=("norm_q", "norm_k", "norm_added_k"))
 
 
-def swap_block(swaps: Swaps, where: str, kind: type, function: Callable) -> None:
-    """Serve a block of Wan's parts whose class is `kind` and whose forward `function` computes."""
+def swap_block(swaps: Swaps, where: str, kind: type, function: Callable) -> bool:
+    """Serve a block of Wan's parts whose class is `kind` and whose forward `function` computes; whether that could be done."""
     module = swaps.module(where)
     swaps.linears(where)
     swaps.feed_forward(f"{where}.ffn")
@@ -65,6 +69,8 @@ def swap_block(swaps: Swaps, where: str, kind: type, function: Callable) -> None
         for norm in ("norm1", "norm2", "norm3"):
             if not isinstance(getattr(module, norm), nn.Identity):
                 swaps.serve("norm", f"{where}.{norm}", "modulated_norm")
+        return True
+    return False
 
 
 def attend(
@@ -85,8 +91,11 @@ def attend(
     q, k, v = (x.unflatten(-1, (attn.heads, -1)) for x in wan._get_qkv_projections(attn, hidden_states, *texts))
     cos, sin = (None, None) if rotary_emb is None else (table[0, :, 0] for table in ops.repeated_neighbours(*rotary_emb))
     q, k = ops.norm_rope(q, k, q_norm=attn.norm_q, k_norm=attn.norm_k, cos=cos, sin=sin, across_heads=True, swaps=swaps)
-    mask, clip = (None, ops.Clip()) if cross or attention_mask is None else attention_mask
-    out = ops.attend(q, k, v, mask=mask, clip=clip, cross=cross, lengths=lengths, swaps=swaps).flatten(2)
+    if isinstance(attention_mask, Tensor) and not cross:  # of pairs: of a model whose own forward could not be replaced
+        out = masked_attention(q, k, v, attention_mask, swaps=swaps).flatten(2)
+    else:
+        mask, clip = (None, ops.Clip()) if cross or attention_mask is None else attention_mask
+        out = ops.attend(q, k, v, mask=mask, clip=clip, cross=cross, lengths=lengths, swaps=swaps).flatten(2)
     if image is not None:
         k, v = (x.unflatten(-1, (attn.heads, -1)) for x in wan._get_added_kv_projections(attn, image))
         k = ops.modulate(k.flatten(2), attn.norm_added_k, swaps=swaps).unflatten(-1, (attn.heads, -1))
