@@ -61,6 +61,7 @@ def right_conversions():
 def pytest_generate_tests(metafunc):
     if "tiny" in metafunc.fixturenames:  # of `adapter_checks`
         models = metafunc.module.MODELS
-        if metafunc.function.__name__ == "test_interpreted":  # one of each family: the interpreter takes its time
-            models = dict(list(models.items())[:1])
+        # Of each family one is interpreted, and two are compiled: both take their time.
+        most = {"test_interpreted": 1, "test_compiled": 2}.get(metafunc.function.__name__, len(models))
+        models = dict(list(models.items())[:most])
         metafunc.parametrize("tiny", models.values(), ids=models)
