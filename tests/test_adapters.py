@@ -37,13 +37,13 @@ class TestRefuses:
             accelerate(make(WAN), **how)
 
     def test_what_is_no_module(self):
-        with pytest.raises(TypeError, match="^model: expected a torch.nn.Module .* got str"):
+        with pytest.raises(TypeError, match=r"^model: expected a torch.nn.Module .* got str"):
             accelerate("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
 
     def test_twice(self):
         model = make(WAN)
         report = accelerate(model)
-        with pytest.raises(ValueError, match="^model: expected one that is not accelerated yet"):
+        with pytest.raises(ValueError, match=r"^model: expected one that is not accelerated yet"):
             accelerate(model)
         report.restore()
         accelerate(model)
@@ -57,7 +57,7 @@ class TestRefuses:
             model.compile()
         else:
             model.compile_repeated_blocks()
-        with pytest.raises(ValueError, match="^model: expected one that is compiled after this call"):
+        with pytest.raises(ValueError, match=r"^model: expected one that is compiled after this call"):
             accelerate(model)
 
 
@@ -209,7 +209,7 @@ class TestSurvives:
         registry = HookRegistry.check_if_exists_or_initialize(model.blocks[0])
         registry.register_hook(ModelHook(), "mine")
         assert torch.equal(forward(model)[0], before[0])
-        with pytest.raises(ValueError, match="^restore: the forward of a WanTransformerBlock was wrapped"):
+        with pytest.raises(ValueError, match=r"^restore: the forward of a WanTransformerBlock was wrapped"):
             report.restore()
         assert torch.equal(forward(model)[0], before[0])
         registry.remove_hook("mine")

@@ -81,9 +81,9 @@ class TestHunyuanAttention:
         assert_same([hunyuan_attention(q, k, v, mode, attn_mask=pairs)], [sdpa(q, k, v, pairs).flatten(2)])
 
     def test_names_what_it_does_not_do(self):
-        with pytest.raises(ValueError, match="^mode: expected"):
+        with pytest.raises(ValueError, match=r"^mode: expected"):
             hunyuan_attention(*qkv(), "sage")
-        with pytest.raises(ValueError, match="^cu_seqlens_kv: expected"):
+        with pytest.raises(ValueError, match=r"^cu_seqlens_kv: expected"):
             hunyuan_attention(*qkv(), "flash", cu_seqlens_kv=torch.zeros(3, dtype=torch.int32))
 
 
@@ -171,5 +171,5 @@ class TestBackend:
         mask = there([3, 5], 7)
         assert_same([dispatch_attention_fn(q, k, v, mask, backend="tubelet")], [sdpa(q, k, v, mask[:, None, None])])
         assert engaged()["attention"]
-        with pytest.raises(ValueError, match="^dropout_p: expected none"):
+        with pytest.raises(ValueError, match=r"^dropout_p: expected none"):
             dispatch_attention_fn(q, k, v, dropout_p=0.5, backend="tubelet")
