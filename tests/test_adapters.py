@@ -261,6 +261,15 @@ class TestSurvives:
         assert missed and all("offloading" in reason for reason in missed)
         assert_same(forward(model), before)
 
+    def test_a_backend_that_is_set_later_is_refused(self):
+        model = make(WAN)
+        report = accelerate(model)
+        model.blocks[0].attn1.set_attention_backend("_native_math")
+        with pytest.raises(ValueError, match=r"^model: expected no attention backend after accelerate, got .*_native_math"):
+            forward(model)
+        report.restore()
+        forward(model)
+
     def test_low_rank_adapters(self):
         peft = pytest.importorskip("peft")
         model = make(WAN)
@@ -286,8 +295,6 @@ class TestSurvives:
         from torch.distributed import destroy_process_group, init_process_group
         from torch.distributed.fsdp import fully_shard
 
-        if not torch.distributed.is_available():
-            pytest.skip("this torch has no torch.distributed")
         model = make(WAN)
         before = forward(model)
         init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)

@@ -4,15 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from adapter_checks import AdapterTests, Tiny, assert_same, make, run
-from torch.utils._python_dispatch import _disable_current_modes
-from tubelet.engine.adapters import accelerate, ops
+from adapter_checks import AdapterTests, Tiny, assert_checkpoints_change_nothing, assert_same, lengths_of_calls, logged, make, noise, run
+from tubelet.engine.adapters import accelerate
 
 diffusers = pytest.importorskip("diffusers")
 
 from diffusers.models.controlnets import controlnet_cosmos as controlnet  # noqa: E402 (it may be missing)
 from diffusers.models.transformers import transformer_cosmos as cosmos  # noqa: E402
-from test_adapters_hunyuan_video import Ops  # noqa: E402
 
 OPS = frozenset({"attention", "qk_norm_rope", "gated_residual", "patch_embed", "final_layer"})
 SIZES = {
@@ -35,10 +33,6 @@ def nearest(image: torch.Tensor, size: list[int], interpolation: str) -> torch.T
 if not hasattr(cosmos, "transforms"):
     stand_in = SimpleNamespace(functional=SimpleNamespace(resize=nearest), InterpolationMode=SimpleNamespace(NEAREST="nearest"))
     cosmos.transforms = controlnet.transforms = stand_in
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def padding(height: int, width: int) -> torch.Tensor:
@@ -147,34 +141,14 @@ class TestLean:
 
     @pytest.mark.parametrize("name", ["Cosmos Predict 2, a timestep for each frame", "Cosmos Transfer 2.5"])
     def test_rows_of_modulation_are_of_frames(self, name):
-        inputs = list(MODELS[name].inputs.values())
-        log = logged(name, inputs[name.endswith("frame")])  # of three frames of 15 tokens
+        log = logged(MODELS[name], list(MODELS[name].inputs)[name.endswith("frame")])  # of three frames of 15 tokens
         assert not [shape for shape in log.shapes() if shape[-2:] in ((45, 4), (45, 64), (45, 96), (45, 45))]
         assert [shape for shape in log.shapes() if shape == (2, 3, 96)]
 
     def test_masks_are_lengths(self, monkeypatch):
-        lengths = []
-
-        def attention(q, k, v, *args, text_lengths=None, **how):
-            with _disable_current_modes():
-                lengths.append(None if text_lengths is None else text_lengths.tolist())
-            return q.clone()
-
-        monkeypatch.setattr(ops, "attention", attention)
-        logged("Cosmos Predict 1", MODELS["Cosmos Predict 1"].inputs["holes in the texts"])
+        lengths = lengths_of_calls(monkeypatch)
+        logged(MODELS["Cosmos Predict 1"], "holes in the texts")
         assert lengths[4:] == [None, [4, 1]] * 2
-
-
-def logged(name: str, inputs: dict) -> Ops:
-    """What torch computes in a call that is not the first."""
-    model = make(MODELS[name])
-    accelerate(model)
-    with torch.no_grad():
-        model(**inputs)
-        with Ops() as log:
-            model(**inputs)
-    assert not {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"} & {op for op, _ in log.found}
-    return log
 
 
 class Own(cosmos.CosmosAttnProcessor2_0):
@@ -228,12 +202,4 @@ class TestOthers:
 
     @pytest.mark.parametrize("name", ["Cosmos Predict 1", "Cosmos Transfer 2.5"])
     def test_checkpointing(self, name):
-        tiny, gradients = MODELS[name], []
-        for ours in (False, True):
-            model = make(tiny).train()
-            if ours:
-                accelerate(model)
-                model.enable_gradient_checkpointing()
-            sum(out.square().sum() for out in run(model, tiny, next(iter(tiny.inputs.values())))).backward()
-            gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]))
-        assert_same(gradients[1:], gradients[:1])
+        assert_checkpoints_change_nothing(MODELS[name], next(iter(MODELS[name].inputs)))

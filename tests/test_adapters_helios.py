@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from adapter_checks import AdapterTests, Tiny
+from adapter_checks import AdapterTests, Tiny, noise
 
 diffusers = pytest.importorskip("diffusers")
 
-from test_adapters_wan import OPS, SIZES, call, noise  # noqa: E402 (it needs diffusers)
+from test_adapters_wan import OPS, SIZES, call  # noqa: E402 (it needs diffusers)
 
 
 def build(**config):

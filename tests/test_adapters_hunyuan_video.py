@@ -2,9 +2,19 @@
 
 import pytest
 import torch
-from adapter_checks import AdapterTests, Tiny, assert_same, make, run
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from tubelet.engine.adapters import accelerate, ops
+from adapter_checks import (
+    AdapterTests,
+    Ops,
+    Tiny,
+    assert_checkpoints_change_nothing,
+    assert_same,
+    lengths_of_calls,
+    logged,
+    make,
+    noise,
+    run,
+)
+from tubelet.engine.adapters import accelerate
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -25,10 +35,6 @@ SIZES = {
     "rope_axes_dim": (4, 6, 6),
 }
 TEXT = 6
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def words(*lengths: int, tokens: int = TEXT) -> torch.Tensor:
@@ -140,48 +146,15 @@ class TestModels(AdapterTests):
     """Of this file's MODELS."""
 
 
-class Ops(TorchDispatchMode):
-    """What torch computes: the names of ops, each with the shapes of the tensors that come out."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        outs = out if isinstance(out, tuple | list) else (out,)
-        self.found.append((func.overloadpacket.__name__, [tuple(each.shape) for each in outs if isinstance(each, torch.Tensor)]))
-        return out
-
-    def shapes(self) -> list[tuple[int, ...]]:
-        return [shape for _, shapes in self.found for shape in shapes]
-
-
 class TestPadding:
     """Of texts, told by numbers of tokens on the device."""
 
     @pytest.fixture
     def lengths(self, monkeypatch) -> list[list[int] | None]:
-        """Of the calls of attention, which is not computed."""
-        found = []
+        return lengths_of_calls(monkeypatch)
 
-        def attention(q, k, v, *args, text_lengths=None, **how):
-            with _disable_current_modes():
-                found.append(None if text_lengths is None else text_lengths.tolist())
-            return q.clone()
-
-        monkeypatch.setattr(ops, "attention", attention)
-        return found
-
-    def log(self, name: str, case: str) -> list[tuple[str, list]]:
-        model, inputs = make(MODELS[name]), MODELS[name].inputs[case]
-        accelerate(model)
-        with torch.no_grad():
-            model(**inputs)  # what is computed once
-            with Ops() as log:
-                model(**inputs)
-        assert not {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"} & {op for op, _ in log.found}  # the host waits for nothing
-        return log
+    def log(self, name: str, case: str) -> Ops:
+        return logged(MODELS[name], case)
 
     def test_no_sync_and_no_mask_of_pairs(self, lengths):
         log = self.log("HunyuanVideo", "two clips, odd sizes")
@@ -250,15 +223,7 @@ class TestOthers:
             assert_same(ours, theirs)
 
     def test_checkpointing(self):
-        tiny, gradients = MODELS["HunyuanVideo, an image as first frame, other norms"], []
-        for ours in (False, True):
-            model = make(tiny).train()
-            if ours:
-                accelerate(model)
-                model.enable_gradient_checkpointing()
-            run(model, tiny, tiny.inputs["two clips"])[0].square().sum().backward()
-            gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
-        assert_same([torch.cat([grad.flatten() for grad in gradients[1]])], [torch.cat([grad.flatten() for grad in gradients[0]])])
+        assert_checkpoints_change_nothing(MODELS["HunyuanVideo, an image as first frame, other norms"], "two clips")
 
     def results(self, model: torch.nn.Module, name: str) -> list[list[torch.Tensor]]:
         with torch.no_grad():

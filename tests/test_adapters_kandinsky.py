@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapter_checks import AdapterTests, Tiny, assert_same, make, run
+from adapter_checks import AdapterTests, Tiny, assert_checkpoints_change_nothing, assert_same, logged, make, noise, run
 from tubelet.engine.adapters import accelerate
 
 diffusers = pytest.importorskip("diffusers")
@@ -10,7 +10,6 @@ diffusers = pytest.importorskip("diffusers")
 from diffusers.models.attention_dispatch import AttentionBackendName  # noqa: E402 (it may be missing)
 from diffusers.models.transformers import transformer_kandinsky as kandinsky  # noqa: E402
 from diffusers.pipelines.kandinsky5.pipeline_kandinsky import Kandinsky5T2VPipeline  # noqa: E402
-from test_adapters_hunyuan_video import Ops  # noqa: E402
 
 OPS = frozenset({"attention", "qk_norm_rope", "modulated_norm", "gated_residual", "patch_embed", "final_layer"})
 SIZES = {
@@ -26,10 +25,6 @@ SIZES = {
     "axes_dims": (4, 6, 6),
 }
 NABLA = {"attention_type": "nabla", "attention_P": 0.6, "attention_wT": 1, "attention_wH": 1, "attention_wW": 1}
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def call(
@@ -104,13 +99,7 @@ class TestTables:
     """Of rotary positions."""
 
     def test_are_made_once_for_all_blocks(self):
-        model, inputs = make(MODELS["Kandinsky 5"]), MODELS["Kandinsky 5"].inputs["two clips, odd sizes"]
-        accelerate(model)
-        with torch.no_grad():
-            model(**inputs)
-            with Ops() as log:
-                model(**inputs)
-        assert not {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"} & {op for op, _ in log.found}
+        log = logged(MODELS["Kandinsky 5"], "two clips, odd sizes")
         copies = [shapes for op, shapes in log.found if op == "clone" and shapes in ([(45, 8)], [(7, 8)])]
         assert copies == [[(7, 8)]] * 2 + [[(45, 8)]] * 2
         assert not [shape for shape in log.shapes() if shape[-2:] in ((45, 45), (45, 7))]
@@ -151,15 +140,7 @@ class TestOthers:
             assert_same(ours, theirs)
 
     def test_checkpointing(self):
-        tiny, gradients = MODELS["Kandinsky 5"], []
-        for ours in (False, True):
-            model = make(tiny).train()
-            if ours:
-                accelerate(model)
-                model.enable_gradient_checkpointing()
-            run(model, tiny, tiny.inputs["two clips, odd sizes"])[0].square().sum().backward()
-            gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]))
-        assert_same(gradients[1:], gradients[:1])
+        assert_checkpoints_change_nothing(MODELS["Kandinsky 5"], "two clips, odd sizes")
 
     def results(self, model: torch.nn.Module) -> list[list[torch.Tensor]]:
         with torch.no_grad():

@@ -1,11 +1,8 @@
 """Latte on tubelet's kernels: the same numbers."""
 
-import math
-
 import pytest
 import torch
-from adapter_checks import AdapterTests, Tiny, assert_same, make, run
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from adapter_checks import AdapterTests, Tiny, assert_same, logged, look_from_outside, make, noise, run
 from tubelet.engine.adapters import accelerate, ops
 
 diffusers = pytest.importorskip("diffusers")
@@ -31,10 +28,6 @@ SIZES = {
     "video_length": 3,
 }
 WORDS = 6
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def call(batch: int, size: tuple[int, int, int], **more) -> dict:
@@ -81,43 +74,15 @@ class TestModels(AdapterTests):
     """Of this file's MODELS."""
 
 
-class Ops(TorchDispatchMode):
-    """What torch computes: names of ops and the shapes of what comes out; not what tubelet's do inside."""
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.found = []
-        for name in ("attention", "modulated_norm", "gated_residual", "final_layer", "patch_embed"):
-            monkeypatch.setattr(ops, name, self.outside(getattr(ops, name)))
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        outs = out if isinstance(out, tuple | list) else (out,)
-        self.found += [(func.overloadpacket.__name__, tuple(each.shape)) for each in outs if isinstance(each, torch.Tensor)]
-        return out
-
-    @staticmethod
-    def outside(function):
-        def call(*args, **kwargs):
-            with _disable_current_modes():
-                return function(*args, **kwargs)
-
-        return call
-
-
 class TestLayout:
     """Tokens are never brought into another order."""
 
     @pytest.mark.parametrize("case", ["two clips, odd sizes", "texts with masks"])
     def test_nothing_is_transposed_or_repeated(self, case, monkeypatch):
-        model, inputs = make(MODELS["Latte"]), MODELS["Latte"].inputs[case]
-        accelerate(model)
-        with torch.no_grad(), Ops(monkeypatch) as log:
-            model(**inputs)
-        assert not {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"} & {name for name, _ in log.found}  # the host does not wait
-        copies = [shape for name, shape in log.found if name in ("clone", "_to_copy", "cat", "repeat", "index", "index_select")]
-        assert not [shape for shape in copies if math.prod(shape) >= 2 * 45 * 32]  # nor are there masks of pairs, which are larger
-        made = [name for name, shape in log.found if shape[:2] == (6, WORDS)]  # for each frame, from its mask alone
+        look_from_outside(monkeypatch, ops)
+        log = logged(MODELS["Latte"], case)
+        assert not log.copies(2 * 45 * 32)  # nor are there masks of pairs, which are larger
+        made = [name for name, shapes in log.found for shape in shapes if shape[:2] == (6, WORDS)]  # for each frame, from its mask alone
         assert ("index" in made) == (case == "texts with masks") and not {"mm", "addmm", "repeat_interleave"} & set(made)
 
     def test_temporal_positions_are_added_once(self):

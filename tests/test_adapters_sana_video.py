@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from adapter_checks import AdapterTests, Tiny, assert_same, make, run
-from torch.utils._python_dispatch import _disable_current_modes
-from tubelet.engine.adapters import accelerate, ops, sana_video
+from adapter_checks import AdapterTests, Tiny, assert_checkpoints_change_nothing, assert_same, lengths_of_calls, logged, make, noise, run
+from tubelet.engine.adapters import accelerate, ops
 
 diffusers = pytest.importorskip("diffusers")
 
 from diffusers.models.transformers import transformer_sana_video as sana  # noqa: E402 (it may be missing)
-from test_adapters_hunyuan_video import Ops  # noqa: E402
 
 OPS = frozenset({"attention", "qk_norm_rope", "modulated_norm", "gated_residual", "patch_embed", "final_layer"})
 SIZES = {
@@ -25,10 +23,6 @@ SIZES = {
     "mlp_ratio": 1.5,
     "rope_max_seq_len": 32,
 }
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def words(*rows: str) -> torch.Tensor:
@@ -112,39 +106,20 @@ class TestLean:
     """What is not made, and what the host does not wait for."""
 
     def test_padding_is_told_by_lengths(self, monkeypatch):
-        lengths = []
-
-        def attention(q, k, v, *args, text_lengths=None, **how):
-            with _disable_current_modes():
-                lengths.append(None if text_lengths is None else text_lengths.tolist())
-            return q.clone()
-
-        monkeypatch.setattr(ops, "attention", attention)
+        lengths = lengths_of_calls(monkeypatch)
         for case, expected in {"two clips, odd sizes": [7, 3], "holes in the texts": [4, 1]}.items():
             lengths.clear()
-            log = logged("SANA-Video", case)
+            log = logged(MODELS["SANA-Video"], case)
             assert lengths == [expected] * 4
             assert [op for op, _ in log.found].count("sort") == 1  # of the texts' tokens, for all blocks
             assert not [shape for shape in log.shapes() if shape[-2:] in ((45, 7), (45, 45), (12, 12), (7, 7))]
 
     def test_rows_of_modulation_are_of_timesteps(self, monkeypatch):
-        monkeypatch.setattr(sana_video, "MOST_TIMESTEPS", 2)
-        log = logged("SANA-Video, a timestep for each token", "a known frame")  # two clips of three frames of 15 tokens
+        monkeypatch.setattr(ops, "MOST_TIMESTEPS", 2)
+        log = logged(MODELS["SANA-Video, a timestep for each token"], "a known frame")  # two clips of three frames of 15 tokens
         shapes = [shape for shape in log.shapes() if shape[-1:] == (192,) or shape[-2:] == (6, 32)]
         assert not [shape for shape in shapes if shape[0] == 90 or shape[:2] == (2, 45)]
         assert (6, 192) in shapes
-
-
-def logged(name: str, case: str) -> Ops:
-    """What torch computes in a call that is not the first."""
-    model, inputs = make(MODELS[name]), MODELS[name].inputs[case]
-    accelerate(model)
-    with torch.no_grad():
-        model(**inputs)
-        with Ops() as log:
-            model(**inputs)
-    assert not {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"} & {op for op, _ in log.found}
-    return log
 
 
 class Own(sana.SanaAttnProcessor2_0):
@@ -184,15 +159,7 @@ class TestOthers:
             assert_same(ours, theirs)
 
     def test_checkpointing(self):
-        tiny, gradients = MODELS["SANA-Video, a timestep for each token"], []
-        for ours in (False, True):
-            model = make(tiny).train()
-            if ours:
-                accelerate(model)
-                model.enable_gradient_checkpointing()
-            run(model, tiny, tiny.inputs["a known frame"])[0].square().sum().backward()
-            gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]))
-        assert_same(gradients[1:], gradients[:1])
+        assert_checkpoints_change_nothing(MODELS["SANA-Video, a timestep for each token"], "a known frame")
 
     def results(self, model: torch.nn.Module, name: str) -> list[list[torch.Tensor]]:
         with torch.no_grad():

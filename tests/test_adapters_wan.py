@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapter_checks import AdapterTests, Tiny
+from adapter_checks import AdapterTests, Tiny, noise
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -18,10 +18,6 @@ SIZES = {
     "num_layers": 1,
     "rope_max_seq_len": 32,
 }
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 def call(batch: int, size: tuple[int, int, int], words: int = 12, **more) -> dict:

@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel, TransformerTemporalModelOutput
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from tubelet.kernels import Temporal, group_norm_silu
 from . import generic, ops
 from .basic_block import swap_block, take_clips
 from .swaps import Swaps
+
+OVER_FRAMES = "the library's: over the frames too, whose pixels do not lie at one distance"
+WITHOUT_SILU = "the library's: of images, and its module has no SiLU to do with it"
 
 
 def swap(swaps: Swaps) -> None:
@@ -31,18 +34,16 @@ def swap(swaps: Swaps) -> None:
                 swaps.linears(inside + linear)
             swap_group_norms(swaps, where, function, kind, {"sites as entries of a batch": ("attention",)}, "norm")
     for where, resnet in list(swaps.named(ResnetBlock2D)):
-        if (
-            resnet.time_embedding_norm == "default"
-            and resnet.upsample is resnet.downsample is None
-            and type(resnet.nonlinearity) is nn.SiLU
-        ):
+        plain = resnet.time_embedding_norm == "default" and resnet.upsample is resnet.downsample is None
+        if plain and type(resnet.nonlinearity) is nn.SiLU:
             swap_group_norms(swaps, where, resnet_block, ResnetBlock2D, {"SiLU": ("group_norm_silu",)}, "norm1", "norm2")
     spoken_of = {site.where for site in swaps.sites}
+    over_frames = tuple(f"{where}." for where, _ in swaps.named(TemporalConvLayer))
     for where, module in swaps.model.named_modules():
         if isinstance(module, Attention) and where not in spoken_of:
             swaps.processor(where, generic.attend, AttnProcessor2_0)
         if isinstance(module, nn.GroupNorm) and where not in spoken_of:
-            swaps.leave("norm", where, "the library's group norm: over frames, or without a SiLU of its own behind it")
+            swaps.leave("norm", where, OVER_FRAMES if where.startswith(over_frames) else WITHOUT_SILU)
 
 
 def swap_group_norms(swaps: Swaps, where: str, function: Any, kind: type, sites: dict[str, tuple[str, ...]], *names: str) -> None:

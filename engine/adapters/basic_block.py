@@ -14,10 +14,7 @@ from tubelet.kernels import Mask
 
 from . import generic, ops
 from .fp8 import Rows, serves
-from .swaps import Processor, Swaps
-
-MARK = "_tubelet_takes_clips"
-"""Set on blocks whose forward is `block`."""
+from .swaps import Processor, Swaps, are_served, takes_fp8
 
 
 class Texts(NamedTuple):
@@ -43,17 +40,15 @@ def swap_block(swaps: Swaps, where: str) -> None:
         for norm in norms:
             swaps.leave("norm", norm, f"{module.norm_type} is not known to the adapter")
     elif swaps.forward(where, block, {"norms, modulation, gates": ("modulated_norm", "gated_residual")}, kind=BasicTransformerBlock):
-        swaps.set(module, MARK, True)
         for norm in norms:
             swaps.serve("norm", norm, "modulated_norm")
 
 
 def take_clips(blocks: Iterable[nn.Module]) -> bool:
     """Whether these blocks, as they are now, take whole clips."""
-    return all(
-        getattr(block, MARK, False)
-        and block._chunk_size is None
-        and all(attn is None or isinstance(attn.processor, Processor) for attn in (block.attn1, block.attn2))
+    blocks = list(blocks)
+    return are_served(blocks) and all(
+        block._chunk_size is None and all(attn is None or isinstance(attn.processor, Processor) for attn in (block.attn1, block.attn2))
         for block in blocks
     )
 
@@ -116,7 +111,7 @@ def block(
     last, proj = module.norm2 if single else module.norm3, module.ff.net[0].proj
     of_last = {"fp8": module._chunk_size is None and serves(proj), "swaps": swaps}
     own = text if module.only_cross_attention else None
-    h = ops.modulate(x, module.norm1, shift, scale, fp8=takes_fp8(module.attn1, attention_mask, own), swaps=swaps)
+    h = ops.modulate(x, module.norm1, shift, scale, fp8=reads_fp8(module.attn1, attention_mask, own), swaps=swaps)
     y = module.attn1(h, encoder_hidden_states=own, attention_mask=attention_mask, **more)
     if module.attn2 is None:
         x, h = ops.gate_and_modulate(x, y, gate, last, shift2, scale2, **of_last)
@@ -124,14 +119,14 @@ def block(
         if single:
             h = x = ops.gate(x, y, gate, swaps=swaps)
         else:
-            x, h = ops.gate_and_modulate(x, y, None, module.norm2, shift, fp8=takes_fp8(module.attn2, text_mask, text), swaps=swaps)
+            x, h = ops.gate_and_modulate(x, y, None, module.norm2, shift, fp8=reads_fp8(module.attn2, text_mask, text), swaps=swaps)
         y = module.attn2(h, encoder_hidden_states=text, attention_mask=text_mask, **more)
         x, h = ops.gate_and_modulate(x, y, None, last, shift2, scale2, **of_last)
     y = module.ff(h) if module._chunk_size is None else _chunked_feed_forward(module.ff, h, module._chunk_dim, module._chunk_size)
     return ops.gate(x, y, gate2, swaps=swaps)
 
 
-def takes_fp8(attn: nn.Module, mask: Any, text: Tensor | None) -> bool:
-    """Whether an attention module takes E4M3: all that read its input do, and know it."""
+def reads_fp8(attn: nn.Module, mask: Any, text: Tensor | None) -> bool:
+    """Whether an attention module takes E4M3."""
     reads = (attn.to_q, attn.to_k, attn.to_v) if text is None else (attn.to_q,)
-    return isinstance(attn.processor, Processor) and not isinstance(mask, Tensor) and serves(*reads)
+    return not isinstance(mask, Tensor) and takes_fp8(attn, *reads)

@@ -18,28 +18,25 @@ from tubelet.kernels import patch_embed
 from . import ops
 from .fp8 import Rows, serves
 from .functions import masked_attention
-from .swaps import Processor, Swaps
+from .swaps import Swaps, are_served, takes_fp8
 
 Context = Tensor | tuple[Tensor | None, Tensor | None] | None
 """A text, or with it the tokens of an image."""
 PROCESSORS = cosmos.CosmosAttnProcessor2_0, cosmos.CosmosAttnProcessor2_5
 QK_NORMS = ("norm_q", "norm_k", "q_img_norm", "k_img_norm")
-MARK = "_tubelet_takes_rows"
-"""Set on blocks whose forward is `block`."""
 
 
 def swap(swaps: Swaps) -> None:
     """Serve a CosmosTransformer3DModel or a CosmosControlNetModel."""
     for where, _ in list(swaps.named(cosmos.CosmosPatchEmbed)):
         swap_patches(swaps, where, "proj", embed, cosmos.CosmosPatchEmbed)
-    for where, module in list(swaps.named(cosmos.CosmosTransformerBlock)):
+    for where, _ in list(swaps.named(cosmos.CosmosTransformerBlock)):
         for name, kinds in (("attn1", PROCESSORS[:1]), ("attn2", PROCESSORS)):
             swaps.processor(f"{where}.{name}", attend, kinds, "qk_norm_rope", "attention", norms=QK_NORMS)
         swaps.linears(where, "norm1", "norm2", "norm3")
         swaps.feed_forward(f"{where}.ff")
         sites = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}
         if swaps.forward(where, block, sites, kind=cosmos.CosmosTransformerBlock):
-            swaps.set(module, MARK, True)
             for name in ("norm1", "norm2", "norm3"):
                 swaps.serve("norm", f"{where}.{name}.norm", "modulated_norm")
     sites = {"timesteps of frames": ("modulated_norm", "gated_residual")}
@@ -91,11 +88,11 @@ def attend(
     return out
 
 
-def takes_fp8(attn: Attention, context: Context) -> bool:
-    """Whether an attention module takes E4M3: all that read its input do, and know it."""
+def reads_fp8(attn: Attention, context: Context) -> bool:
+    """Whether an attention module takes E4M3."""
     text, image = both(context)
     reads = [attn.to_q, *([attn.to_k, attn.to_v] if text is None else []), *([] if image is None else [attn.q_img])]
-    return isinstance(attn.processor, Processor) and serves(*reads)
+    return takes_fp8(attn, *reads)
 
 
 def both(context: Context) -> tuple[Tensor | None, Tensor | None]:
@@ -128,14 +125,14 @@ def block(
     if module.before_proj is not None:
         x = module.before_proj(x) + latents
     shift, scale, gate = modulation(module.norm1, embedded_timestep, temb).chunk(3, dim=-1)
-    how = {"fp8": takes_fp8(module.attn1, None), "swaps": swaps}
+    how = {"fp8": reads_fp8(module.attn1, None), "swaps": swaps}
     if extra_pos_emb is None:
         h = ops.modulate(x, module.norm1.norm, shift, scale, **how)
     else:
         x, h = ops.gate_and_modulate(x, extra_pos_emb, None, module.norm1.norm, shift, scale, **how)
     y = module.attn1(h, image_rotary_emb=image_rotary_emb)
     shift, scale, gate2 = modulation(module.norm2, embedded_timestep, temb).chunk(3, dim=-1)
-    x, h = ops.gate_and_modulate(x, y, gate, module.norm2.norm, shift, scale, fp8=takes_fp8(module.attn2, context), swaps=swaps)
+    x, h = ops.gate_and_modulate(x, y, gate, module.norm2.norm, shift, scale, fp8=reads_fp8(module.attn2, context), swaps=swaps)
     y = module.attn2(h, encoder_hidden_states=context, attention_mask=attention_mask)
     shift, scale, gate3 = modulation(module.norm3, embedded_timestep, temb).chunk(3, dim=-1)
     x, h = ops.gate_and_modulate(x, y, gate2, module.norm3.norm, shift, scale, fp8=serves(module.ff.net[0].proj), swaps=swaps)
@@ -192,7 +189,7 @@ def conditions(
         raise ValueError(f"timestep: expected (batch,) or (batch, 1, frames, 1, 1), got {tuple(timestep.shape)}")
     temb, embedded = model.time_embed(tokens, timestep.flatten() if timestep.ndim == 5 else timestep.expand(len(clips)))
     if timestep.ndim == 5:  # of frames, whose tokens share a row, if all blocks know that
-        each = 1 if all(getattr(layer, MARK, False) for layer in blocks) else tokens.shape[1] // timestep.shape[2]
+        each = 1 if are_served(blocks) else tokens.shape[1] // timestep.shape[2]
         temb, embedded = (table.unflatten(0, (len(clips), -1)).repeat_interleave(each, dim=1) for table in (temb, embedded))
     text, image = both(encoder_hidden_states)
     if model.config.use_crossattn_projection:
@@ -203,13 +200,6 @@ def conditions(
     position = None if model.learnable_pos_embed is None else model.learnable_pos_embed(clips)
     mask = None if attention_mask is None else attention_mask[:, None, None]
     return context, embedded, temb, model.rope(clips, fps=fps), position, mask
-
-
-def through(model: nn.Module, layer: nn.Module, *arguments) -> Tensor | tuple[Tensor, Tensor]:
-    """What a block makes of its arguments, with a gradient checkpoint if the model has them."""
-    if torch.is_grad_enabled() and model.gradient_checkpointing:
-        return model._gradient_checkpointing_func(layer, *arguments)
-    return layer(*arguments)
 
 
 def forward(
@@ -234,7 +224,7 @@ def forward(
     shared = conditions(self, self.transformer_blocks, clips, x, timestep, encoder_hidden_states, attention_mask, fps)
     for i, layer in enumerate(self.transformer_blocks):
         controlled = controls is not None and i % self.config.controlnet_block_every_n == 0
-        x = through(self, layer, x, *shared, controls[i // self.config.controlnet_block_every_n] if controlled else None)
+        x = ops.checkpointed(self, layer, x, *shared, controls[i // self.config.controlnet_block_every_n] if controlled else None)
     shift, scale = modulation(self.norm_out, *shared[1:3]).chunk(2, dim=-1)
     x = ops.project(x, self.proj_out, self.norm_out.norm, shift, scale, swaps=swaps)
     x = x.unflatten(2, (ph, pw, pt, -1)).unflatten(1, grid).permute(0, 7, 1, 6, 2, 4, 3, 5)
@@ -266,6 +256,6 @@ def control_forward(
     shared = conditions(self, self.control_blocks, clips, base, timestep, encoder_hidden_states, attention_mask, fps)
     samples = []
     for layer, scale in zip(self.control_blocks, self._expand_conditioning_scale(conditioning_scale), strict=False):
-        x, sample = through(self, layer, x, *shared, None, base)
+        x, sample = ops.checkpointed(self, layer, x, *shared, None, base)
         samples.append(sample * scale)
     return controlnet.CosmosControlNetOutput(control_block_samples=samples) if return_dict else (samples,)

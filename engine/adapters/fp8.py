@@ -59,9 +59,9 @@ def feed_forward(module: nn.Module, x: Rows, *, swaps: "Swaps") -> Tensor:
     return x
 
 
-def _forward(linear: nn.Linear, x: Rows, *, swaps: "Swaps") -> Tensor:
-    dtype = linear.weight.dtype if isinstance(x, tuple) else x.dtype
-    x8, scale = rows(x, swaps)
+def _forward(linear: nn.Linear, input: Rows, *, swaps: "Swaps") -> Tensor:  # named as nn.Linear does: some models say it
+    dtype = linear.weight.dtype if isinstance(input, tuple) else input.dtype
+    x8, scale = rows(input, swaps)
     weight8, weight_scale = getattr(linear, WEIGHT).view(torch.float8_e4m3fn), getattr(linear, SCALE).view(torch.float32)
     how = {"out_dtype": dtype, "implementation": swaps.implementation}
     return fp8_linear(x8, weight8, weight_scale, linear.bias, x_scale=scale, **how)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import ops
 from .fp8 import Rows, serves
 from .swaps import Swaps
-from .wan import A_BLOCK_IS_NOT, swap_block, takes_fp8, through, unpatch
+from .wan import A_BLOCK_IS_NOT, reads_fp8, swap_block, through
 
 
 def swap(swaps: Swaps) -> None:
@@ -78,13 +78,13 @@ def block(
     x, (temb, rows) = hidden_states, temb if isinstance(temb, tuple) else (temb, None)
     how = {"swaps": swaps, "rows": rows}
     shift, scale, gate, shift2, scale2, gate2 = (module.scale_shift_table + temb.float()).unbind(-2)
-    h = ops.modulate(x, module.norm1, shift, scale, fp8=takes_fp8(module.attn1), **how)
+    h = ops.modulate(x, module.norm1, shift, scale, fp8=reads_fp8(module.attn1), **how)
     y = module.attn1(h, None, None, rotary_emb, original_context_length)
     history = x.shape[1] - original_context_length if module.guidance_cross_attn else 0
     if isinstance(module.norm2, nn.Identity):
         h = x = ops.gate(x, y, gate, **how)
     else:
-        x, h = ops.gate_and_modulate(x, y, gate, module.norm2, fp8=not history and takes_fp8(module.attn2), **how)
+        x, h = ops.gate_and_modulate(x, y, gate, module.norm2, fp8=not history and reads_fp8(module.attn2), **how)
     y = module.attn2(h[:, history:] if history else h, encoder_hidden_states, None, None, original_context_length)
     if history:  # which the text says nothing to
         y = nn.functional.pad(y, (0, 0, history, 0))
@@ -144,7 +144,9 @@ def forward(
         step = torch.cat((first.unflatten(-1, (6, -1)), step)), rows
     x = through(self, x, text.contiguous(), step, rotary, context)
     shift, scale = (self.norm_out.scale_shift_table.to(temb.device) + temb[:, None]).to(x.device).unbind(1)
-    x = unpatch(ops.project(x[:, -context:], self.proj_out, self.norm_out.norm, shift, scale, swaps=swaps), grid, self.config.patch_size)
+    x = ops.unpatch(
+        ops.project(x[:, -context:], self.proj_out, self.norm_out.norm, shift, scale, swaps=swaps), grid, self.config.patch_size
+    )
     return Transformer2DModelOutput(sample=x) if return_dict else (x,)
 
 

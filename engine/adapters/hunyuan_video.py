@@ -6,7 +6,6 @@ blocks give on the video and its text as the parts of one tensor, which the next
 """
 
 from collections.abc import Callable, Iterable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from . import generic, ops
 from .fp8 import Rows, serves
-from .swaps import ONCE, Processor, Swaps
+from .swaps import ONCE, Processor, Swaps, takes_fp8
 
 DUAL = hunyuan.HunyuanVideoTransformerBlock, hunyuan.HunyuanVideoTokenReplaceTransformerBlock
 SINGLE = hunyuan.HunyuanVideoSingleTransformerBlock, hunyuan.HunyuanVideoTokenReplaceSingleTransformerBlock
@@ -153,11 +152,6 @@ def are_ours(blocks: Iterable[nn.Module]) -> bool:
     return all(isinstance(block.attn.processor, Processor) for block in blocks)
 
 
-def takes_fp8(attn: nn.Module, *linears: nn.Module) -> bool:
-    """Whether an attention module takes E4M3, which `linears` read."""
-    return isinstance(attn.processor, Processor) and serves(*linears)
-
-
 # ---------------------------------------------------------------------------------------------------------------------------- blocks
 
 
@@ -280,9 +274,8 @@ def through(
     model: nn.Module, blocks: Iterable[nn.Module], x: Tensor, text: Tensor, *step: Tensor | tuple[Tensor, Tensor] | int | None
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Video and text after a model's blocks."""
-    checkpointing = torch.is_grad_enabled() and model.gradient_checkpointing
     for layer in blocks:
-        x, text = partial(model._gradient_checkpointing_func, layer)(x, text, *step) if checkpointing else layer(x, text, *step)
+        x, text = ops.checkpointed(model, layer, x, text, *step)
     return x, text
 
 

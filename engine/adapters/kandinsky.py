@@ -13,7 +13,7 @@ from tubelet.kernels import gelu_quantize_rows, patch_embed
 from . import ops
 from .cosmos import swap_patches
 from .fp8 import Rows, serves
-from .swaps import Processor, Swaps
+from .swaps import Swaps, takes_fp8
 
 SPARSE = "with `sparse_params` each layer chooses its blocks of pairs by their scores (NABLA), which is flex attention's"
 
@@ -21,11 +21,12 @@ SPARSE = "with `sparse_params` each layer chooses its blocks of pairs by their s
 def swap(swaps: Swaps) -> None:
     """Serve a Kandinsky5Transformer3DModel."""
     swap_patches(swaps, "visual_embeddings", "in_layer", embed, kandinsky.Kandinsky5VisualEmbeddings)
+    sparse = swaps.model.config.attention_type == "nabla"
     for where, _ in list(swaps.named(kandinsky.Kandinsky5Attention)):
         norms = ("query_norm", "key_norm")
-        swaps.processor(where, attend, kandinsky.Kandinsky5AttnProcessor, "qk_norm_rope", "attention", norms=norms)
+        swaps.processor(where, attend, kandinsky.Kandinsky5AttnProcessor, "qk_norm_rope", "attention", norms=norms, takes_backend=sparse)
     for where, _ in list(swaps.named(kandinsky.Kandinsky5TransformerDecoderBlock)):
-        if swaps.model.config.attention_type == "nabla":
+        if sparse:
             swaps.leave("sparse attention", f"{where}.self_attention", SPARSE)
         swaps.linears(where, "visual_modulation")
         if swaps.precision == "fp8":
@@ -76,11 +77,6 @@ def tables(rotary: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
     entry for all; of (1, batch, tokens, 1, pairs, 2, 2) those of each.
     """
     return tuple(rotary[0, ..., 0, :, row, 0].float().contiguous() for row in (0, 1))
-
-
-def takes_fp8(attn: nn.Module, *linears: nn.Module) -> bool:
-    """Whether an attention module takes E4M3, which `linears` read."""
-    return isinstance(attn.processor, Processor) and serves(*linears)
 
 
 def modulation(module: nn.Module, time_embed: Tensor, batch: int, parts: int) -> tuple[Tensor, ...]:

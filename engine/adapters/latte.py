@@ -14,7 +14,6 @@ from tubelet.kernels import Spatial, Temporal
 from . import ops
 from .basic_block import Texts, swap_block, take_clips
 from .swaps import Swaps
-from .wan import unpatch
 
 
 def swap(swaps: Swaps) -> None:
@@ -53,22 +52,15 @@ def forward(
     texts = None if mask is None else texts_of(mask, batch, frames)
     within, along = ((mask, ops.Clip(frames=frames)) for mask in (Spatial(), Temporal(causal=False)))
     for i, (spatial, temporal) in enumerate(zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True)):
-        x = through(self, spatial, x, within, text, texts, step)
+        x = ops.checkpointed(self, spatial, x, within, text, texts, step)
         if enable_temporal_attentions:
             if i == 0 and frames > 1:
                 x = (x.unflatten(1, (frames, -1)) + self.temp_pos_embed[0, :, None].to(x.dtype)).flatten(1, 2)
-            x = through(self, temporal, x, along, None, None, step)
+            x = ops.checkpointed(self, temporal, x, along, None, None, step)
     shift, scale = (self.scale_shift_table + embedded[:, None]).unbind(1)
     x = ops.project(x, self.proj_out, self.norm_out, shift, scale, swaps=swaps)
-    x = unpatch(x, (frames, *(side // patch for side in sides)), (1, patch, patch))
+    x = ops.unpatch(x, (frames, *(side // patch for side in sides)), (1, patch, patch))
     return Transformer2DModelOutput(sample=x) if return_dict else (x,)
-
-
-def through(self: nn.Module, block: nn.Module, x: Tensor, *arguments) -> Tensor:
-    """x through a block, with a gradient checkpoint if the model has them."""
-    if torch.is_grad_enabled() and self.gradient_checkpointing:
-        return self._gradient_checkpointing_func(block, x, *arguments, None, None)
-    return block(x, *arguments)
 
 
 def texts_of(mask: Tensor, batch: int, frames: int) -> Texts:

@@ -29,6 +29,9 @@ from tubelet.kernels.masks import RuleMask
 if TYPE_CHECKING:
     from .swaps import Swaps
 
+MOST_TIMESTEPS = 256
+"""Different timesteps of tokens in one call, or one for each frame if these are more."""
+
 # ------------------------------------------------------------------------------------------------------------------------- attention
 
 
@@ -362,7 +365,34 @@ def is_patching(conv: nn.Module) -> bool:
     return plain and all(d == 1 for d in conv.dilation) and conv.padding_mode == "zeros" and not any(conv.padding)
 
 
+def unpatch(x: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
+    """Patches (batch, tokens, pixels * channels) to (batch, channels, T, H, W)."""
+    x = x.unflatten(1, grid).unflatten(-1, (*patch, -1)).permute(0, 7, 1, 4, 2, 5, 3, 6)
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
 # ------------------------------------------------------------------------------------------------------------------------------- shared
+
+
+def checkpointed(model: nn.Module, layer: nn.Module, *arguments):
+    """layer(*arguments), as a gradient checkpoint if the model has them switched on."""
+    if torch.is_grad_enabled() and model.gradient_checkpointing:
+        return model._gradient_checkpointing_func(layer, *arguments)
+    return layer(*arguments)
+
+
+def distinct(timestep: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+    """The timesteps that differ of those of tokens, which may have any shape, in a table of fixed size: MOST_TIMESTEPS, or `frames` if
+    these are more; and the row of each token, int32 (tokens of all entries,). The host does not wait; more timesteps than that raise
+    RuntimeError, on a GPU as an assertion of the device.
+    """
+    values, order = timestep.flatten().sort()
+    most = min(max(MOST_TIMESTEPS, frames), len(values))
+    row = nn.functional.pad((values[1:] != values[:-1]).cumsum(0), (1, 0))
+    torch._assert_async(row[-1] < most, f"timestep: expected at most {most} different ones of tokens in a call")
+    row = row.clamp(max=most - 1)
+    table = values[:1].expand(most).clone().index_put((row,), values)
+    return table, torch.empty_like(row, dtype=torch.int32).scatter(0, order, row.int())
 
 
 def once(function: Callable, *arguments):

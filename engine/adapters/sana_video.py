@@ -13,14 +13,11 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from . import ops
-from .fp8 import Rows, serves
-from .swaps import Processor, Swaps
-from .wan import MOST_TIMESTEPS, distinct, unpatch
+from .fp8 import Rows
+from .swaps import Processor, Swaps, are_served, takes_fp8
 
 LINEAR = "sums over the keys without a softmax: two products of the library"
 CONVOLUTIONS = "the library's: the feed-forward is of convolutions, over frames and over their sites"
-MARK = "_tubelet_takes_rows"
-"""Set on blocks whose forward is `block`."""
 Step = Tensor | tuple[Tensor, Tensor]
 """Modulation (batch, n, 6 * dim), of n stretches of tokens, or rows (n, 6 * dim) and the row of each token (batch * tokens,)."""
 
@@ -39,7 +36,6 @@ def swap(swaps: Swaps) -> None:
                 swaps.leave("convolution", f"{where}.ff.{name}", CONVOLUTIONS)
         sites = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}
         if swaps.forward(where, block, sites, kind=sana.SanaVideoTransformerBlock):
-            swaps.set(module, MARK, True)
             for name in ("norm1", "norm2"):
                 swaps.serve("norm", f"{where}.{name}", "modulated_norm")
     sites = {"timesteps of tokens": ("modulated_norm", "gated_residual"), "masks of texts": ("attention",)}
@@ -117,7 +113,7 @@ def block(
     x, attn, (step, rows) = hidden_states, module.attn1, timestep if isinstance(timestep, tuple) else (timestep, None)
     how = {"swaps": swaps, "rows": rows}
     shift, scale, gate, shift2, scale2, gate2 = (module.scale_shift_table + step.unflatten(-1, (6, -1))).unbind(-2)
-    fp8 = isinstance(attn.processor, Processor) and serves(attn.to_q, attn.to_k, attn.to_v)
+    fp8 = takes_fp8(attn, attn.to_q, attn.to_k, attn.to_v)
     h = ops.modulate(x, module.norm1, shift, scale, fp8=fp8, **how)
     x = ops.gate(x, attn(h, rotary_emb=rotary_emb), gate, **how)
     y = module.attn2(x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
@@ -147,8 +143,8 @@ def forward(
     rotary_emb = self.rope(hidden_states)
     x = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
     timestep, rows = timestep.flatten(), None
-    if len(timestep) > batch and guidance is None and all(getattr(layer, MARK, False) for layer in blocks):
-        timestep, rows = distinct(timestep, max(MOST_TIMESTEPS, batch * grid[0]))
+    if len(timestep) > batch and guidance is None and are_served(blocks):
+        timestep, rows = ops.distinct(timestep, batch * grid[0])
     more = {"batch_size": batch} if guidance is None else {"guidance": guidance}
     step, embedded = (
         each if rows is not None else each.unflatten(0, (batch, -1)) for each in self.time_embed(timestep, hidden_dtype=x.dtype, **more)
@@ -162,12 +158,9 @@ def forward(
     given = None, text, mask, step if rows is None else (step, rows), *grid, rotary_emb
     samples = controlnet_block_samples or ()
     for i, layer in enumerate(blocks):
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            x = self._gradient_checkpointing_func(layer, x, *given)
-        else:
-            x = layer(x, *given)
+        x = ops.checkpointed(self, layer, x, *given)
         if 0 < i <= len(samples):
             x = x + samples[i - 1]
     shift, scale = (self.scale_shift_table + embedded[..., None, :]).unbind(-2)
-    x = unpatch(ops.project(x, self.proj_out, self.norm_out.norm, shift, scale, rows=rows, swaps=swaps), grid, patch)
+    x = ops.unpatch(ops.project(x, self.proj_out, self.norm_out.norm, shift, scale, rows=rows, swaps=swaps), grid, patch)
     return Transformer2DModelOutput(sample=x) if return_dict else (x,)

@@ -13,7 +13,7 @@ from tubelet.kernels import FrameCausal
 
 from . import ops
 from .swaps import Swaps
-from .wan import block, swap_attention, swap_block, through, unpatch
+from .wan import block, swap_attention, swap_block, through
 
 
 def swap(swaps: Swaps) -> None:
@@ -64,5 +64,5 @@ def forward(
         modulation = modulation + (rate.repeat(timestep.shape[1], 1, 1) if enable_diffusion_forcing else rate)
     x = through(self, x, text, modulation, rotary_emb, mask)
     shift, scale = (self.scale_shift_table + temb.unsqueeze(-2)).to(x.device).unbind(-2)
-    x = unpatch(ops.project(x, self.proj_out, self.norm_out, shift, scale, swaps=swaps), grid, patch)
+    x = ops.unpatch(ops.project(x, self.proj_out, self.norm_out, shift, scale, swaps=swaps), grid, patch)
     return Transformer2DModelOutput(sample=x) if return_dict else (x,)

@@ -4,7 +4,7 @@ A function goes in as an attribute of the module, which hides the method of its 
 hooks of offloading or caching for instance, is left alone, since these hooks hold what they wrap: call `accelerate` before they are added.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,8 @@ from . import fp8, ops
 from .report import Site
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+SERVED = "_tubelet_serves_this"
+"""Set on modules whose forward was replaced, which hooks that wrap it later do not change."""
 ONCE = "computed once a step, on few tokens"
 
 
@@ -86,13 +88,21 @@ class Swaps:
             self.leave(op, where, reason, servable=True) if reason else self.serve(op, where, *served_by)
         if reason is None:
             self.set(module, "forward", partial(function, module, swaps=self))
+            self.set(module, SERVED, True)
         return reason is None
 
     def processor(
-        self, where: str, function: Callable, kind: type | tuple[type, ...], *served_by: str, norms: tuple[str, ...] = ()
+        self,
+        where: str,
+        function: Callable,
+        kind: type | tuple[type, ...],
+        *served_by: str,
+        norms: tuple[str, ...] = (),
+        takes_backend: bool = False,
     ) -> bool:
         """Let function(attn, *args, swaps=self, **kwargs) be the processor of an attention module whose own is a `kind`; whether that could
-        be done. norms: names of its norms whose weights the function reads.
+        be done. norms: names of its norms whose weights the function reads. takes_backend: whether it heeds a backend of the library's
+        that is set later, which else is refused.
         """
         module = self.module(where)
         reason, own = None, getattr(module, "processor", None)
@@ -109,7 +119,7 @@ class Swaps:
         for name in norms:
             if isinstance(getattr(module, name, None), nn.Module) and not isinstance(getattr(module, name), nn.Identity):
                 self.serve("norm", f"{where}.{name}", "qk_norm_rope")
-        self.set(module, "processor", Processor(function, self, own))
+        self.set(module, "processor", Processor(function, self, own, takes_backend))
         return True
 
     def patches(self, where: str) -> bool:
@@ -167,6 +177,16 @@ class Swaps:
                 self.leave("attention", name, "not known to the adapter", servable=True)
 
 
+def are_served(modules: Iterable[nn.Module]) -> bool:
+    """Whether the forward of all of these is tubelet's, so that they take what the library's would not."""
+    return all(getattr(module, SERVED, False) for module in modules)
+
+
+def takes_fp8(attn: nn.Module, *linears: nn.Module) -> bool:
+    """Whether an attention module takes E4M3: its processor is tubelet's, and all `linears` that read its input take them."""
+    return isinstance(attn.processor, Processor) and fp8.serves(*linears)
+
+
 def _kind(module: nn.Module) -> type:
     """The class of a module before FSDP2 derived one of its own from it."""
     kind = type(module)
@@ -206,10 +226,11 @@ class Undo:
 class Processor:
     """Stands in an attention module for its own processor, which it remembers."""
 
-    def __init__(self, function: Callable, swaps: Swaps, own: Any):
+    def __init__(self, function: Callable, swaps: Swaps, own: Any, takes_backend: bool = False):
         self.function, self.swaps, self.own = function, swaps, own
-        # What the library sets on processors for its own backends; looked at, and refused, where it would be ignored.
+        # What the library sets on processors for its own backends; refused where it would be ignored.
         self._attention_backend, self._parallel_config = None, None
+        self.takes_backend = takes_backend
 
     def __call__(self, attn: nn.Module, *args, image_rotary_emb: Any = None, rotary_emb: Any = None, **kwargs):
         for name, value in (("image_rotary_emb", image_rotary_emb), ("rotary_emb", rotary_emb)):
@@ -217,4 +238,8 @@ class Processor:
                 kwargs[name] = value
         if self._parallel_config is not None:
             raise ValueError("model: expected no context parallelism, which these kernels do not know; call report.restore() first")
+        if self._attention_backend is not None and not self.takes_backend:
+            raise ValueError(
+                f"model: expected no attention backend after accelerate, got {self._attention_backend!r}; call report.restore() first"
+            )
         return self.function(attn, *args, swaps=self.swaps, **kwargs)

@@ -4,7 +4,7 @@ What is computed otherwise than in diffusers: hidden states are never copied to 
 one op each. A timestep for each token (Wan 2.2 TI2V) is taken for what it is: a few timesteps, and the index of each token's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -18,12 +18,10 @@ from tubelet.kernels import Mask
 from . import ops
 from .fp8 import Rows, serves
 from .functions import masked_attention
-from .swaps import Processor, Swaps
+from .swaps import Swaps, takes_fp8
 
 TEXT_TOKENS = 512
 """Of the text, which the processor of image-to-video models takes to lie behind the image's."""
-MOST_TIMESTEPS = 256
-"""Different timesteps of tokens in one call, or one for each frame if these are more."""
 A_BLOCK_IS_NOT = "a block is not served, and would not know a table of rows"
 Step = Tensor | tuple[Tensor, Tensor]
 """Modulation (batch, 6, dim) or (batch, n, 6, dim), of n stretches of tokens, or rows (n, 6, dim) and the row of each token (tokens,)."""
@@ -134,12 +132,12 @@ def block(
     x, (temb, rows) = hidden_states, temb if isinstance(temb, tuple) else (temb, None)
     how = {"swaps": swaps, "rows": rows}
     shift, scale, gate, shift2, scale2, gate2 = (module.scale_shift_table + temb.float()).unbind(-2)
-    h = ops.modulate(x, module.norm1, shift, scale, fp8=takes_fp8(module.attn1), **how)
+    h = ops.modulate(x, module.norm1, shift, scale, fp8=reads_fp8(module.attn1), **how)
     y = module.attn1(h, None, attention_mask, rotary_emb)
     if isinstance(module.norm2, nn.Identity):
         h = x = ops.gate(x, y, gate, **how)
     else:
-        x, h = ops.gate_and_modulate(x, y, gate, module.norm2, fp8=takes_fp8(module.attn2), **how)
+        x, h = ops.gate_and_modulate(x, y, gate, module.norm2, fp8=reads_fp8(module.attn2), **how)
     y = module.attn2(h, encoder_hidden_states, None, None)
     x, h = ops.gate_and_modulate(x, y, None, module.norm3, shift2, scale2, fp8=serves(module.ffn.net[0].proj), **how)
     return ops.gate(x, module.ffn(h), gate2, **how)
@@ -163,10 +161,10 @@ def vace_block(
     return None if module.proj_out is None else module.proj_out(x), x
 
 
-def takes_fp8(attn: nn.Module) -> bool:
-    """Whether an attention module takes E4M3: all that read its input do, and know it."""
+def reads_fp8(attn: nn.Module) -> bool:
+    """Whether an attention module takes E4M3."""
     reads = (attn.to_q,) if attn.is_cross_attention else (attn.to_q, attn.to_k, attn.to_v)
-    return isinstance(attn.processor, Processor) and not attn.fused_projections and serves(*reads)
+    return not attn.fused_projections and takes_fp8(attn, *reads)
 
 
 @apply_lora_scale("attention_kwargs")
@@ -187,7 +185,7 @@ def forward(
     rotary_emb = self.rope(hidden_states)
     x = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
     if timestep.ndim == 2:
-        timestep, rows = distinct(timestep, max(MOST_TIMESTEPS, len(x) * grid[0]))
+        timestep, rows = ops.distinct(timestep, len(x) * grid[0])
     else:
         rows = None
     temb, modulation, text, image = self.condition_embedder(timestep, encoder_hidden_states, encoder_hidden_states_image)
@@ -196,34 +194,12 @@ def forward(
     step = modulation if rows is None else (modulation, rows)
     x = through(self, x, text, step, rotary_emb)
     shift, scale = (self.scale_shift_table.to(temb.device) + temb[:, None]).to(x.device).unbind(1)
-    x = unpatch(ops.project(x, self.proj_out, self.norm_out, shift, scale, rows=rows, swaps=swaps), grid, patch)
+    x = ops.unpatch(ops.project(x, self.proj_out, self.norm_out, shift, scale, rows=rows, swaps=swaps), grid, patch)
     return Transformer2DModelOutput(sample=x) if return_dict else (x,)
 
 
 def through(self: nn.Module, x: Tensor, *arguments) -> Tensor:
     """x through the blocks of a model, with its gradient checkpoints."""
     for layer in self.blocks:
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            x = self._gradient_checkpointing_func(layer, x, *arguments)
-        else:
-            x = layer(x, *arguments)
+        x = ops.checkpointed(self, layer, x, *arguments)
     return x
-
-
-def unpatch(x: Tensor, grid: Sequence[int], patch: Sequence[int]) -> Tensor:
-    """Patches (batch, tokens, pixels * channels) to (batch, channels, T, H, W)."""
-    x = x.unflatten(1, grid).unflatten(-1, (*patch, -1)).permute(0, 7, 1, 4, 2, 5, 3, 6)
-    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
-
-
-def distinct(timestep: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Of timesteps of tokens (batch, tokens), those that differ, in a table of fixed size (at most `most`,), and the row of each token,
-    int32 (batch * tokens,). The host does not wait; more of them than `most` raise RuntimeError, on a GPU as an assertion of the device.
-    """
-    values, order = timestep.flatten().sort()
-    row = torch.nn.functional.pad((values[1:] != values[:-1]).cumsum(0), (1, 0))
-    most = min(most, len(values))
-    torch._assert_async(row[-1] < most, f"timestep: expected at most {most} different ones of tokens in a call")
-    row = row.clamp(max=most - 1)
-    table = values[:1].expand(most).clone().index_put((row,), values)
-    return table, torch.empty_like(row, dtype=torch.int32).scatter(0, order, row.int())
