@@ -20,6 +20,8 @@ from .reference import there
 TEXT_MULTIPLE = 16
 REMEMBERED_TOKENS = 2048
 """Up to this size the blocks of a clip are kept for the next pack that has one like it: training draws the same few grids all the time."""
+OWN_TOKENS = 512
+"""From this size on the sites of a clip are a batch of their own."""
 
 
 @dataclass(frozen=True)
@@ -106,31 +108,26 @@ def attention_grouped_backward(
 def _grouped(q, k, v, layout, mask, kv_layout, scale, text_lengths, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out (tokens, heads, d), lse (tokens, heads) or None)."""
     k, v, batches = _present(k, v, _batches(layout, mask, kv_layout), kv_layout, text_lengths)
-    outs, sums, places = [], [], []
+    stretches = not with_lse and all(each.queries_view for each in batches) and sum(each.queries.numel() for each in batches) == len(q)
+    outs, sums = [], []
     for batch in batches:
-        out, lse = _attend(
-            _take(q, batch.queries, batch.queries_view).transpose(1, 2),
-            _take(k, batch.keys, batch.keys_view).transpose(1, 2),
-            _take(v, batch.keys, batch.keys_view).transpose(1, 2),
-            batch,
-            scale,
-            with_lse,
-        )
+        keys = (_take(x, batch.keys, batch.keys_view) for x in (k, v))
+        out, lse = _attend(_take(q, batch.queries, batch.queries_view), *keys, batch, scale, with_lse)
         if batch.blind is not None:
             out = out.masked_fill(batch.blind[..., None], 0.0)
             lse = lse if lse is None else lse.masked_fill(batch.blind, -torch.inf)
-        out = out.transpose(1, 2)
-        if not with_lse and len(batches) == 1 and batch.queries_view is not None and batch.queries.numel() == q.shape[0]:
-            return _put_view(out, batch.queries_view), None
-        outs.append(out.flatten(0, 1))
+        outs.append(_put(out, batch.queries_view) if stretches else out.transpose(1, 2).flatten(0, 1))
         if with_lse:
             sums.append(lse.transpose(1, 2).flatten(0, 1))
-        places.append(batch.queries.flatten())
+    if stretches and outs:
+        if len(outs) == 1:
+            return outs[0], None
+        return torch.cat([outs[i] for i in sorted(range(len(outs)), key=lambda i: batches[i].queries_view)]), None
     result = q.new_zeros(*q.shape[:2], v.shape[2])
     lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device) if with_lse else None
     if not outs:
         return result, lse
-    places = torch.cat(places)
+    places = torch.cat([batch.queries.flatten() for batch in batches])
     return result.index_copy(0, places, torch.cat(outs)), lse.index_copy(0, places, torch.cat(sums)) if with_lse else None
 
 
@@ -174,19 +171,19 @@ def _attend(
 
 
 def _take(x: torch.Tensor, index: torch.Tensor, view: tuple[int, ...] | None) -> torch.Tensor:
-    """x[index] as (n, m, heads, d); where the index is regular, `view` (of `_regular`) saves the gather's backward."""
+    """x[index] as (n, heads, m, d); where the index is regular, by a view (of `_regular`), which saves the gather and that of the gradient."""
     if view is None:
-        return x[index]
-    start, clips, frames, sites, by_site = view
-    x = x[start : start + clips * frames * sites].unflatten(0, (clips, frames, sites))
-    return x.transpose(1, 2).flatten(0, 1) if by_site else x.flatten(0, 1)
+        return x[index].transpose(1, 2)
+    start, clips, sites, m = view
+    tokens = clips * sites * m
+    if tokens != x.shape[0]:
+        x = x.narrow(0, start, tokens)
+    return x.view(clips, m, sites, *x.shape[1:]).permute(0, 2, 3, 1, 4).flatten(0, 1)
 
 
-def _put_view(out: torch.Tensor, view: tuple[int, ...]) -> torch.Tensor:
-    _, clips, frames, sites, by_site = view
-    if by_site:
-        out = out.unflatten(0, (clips, sites)).transpose(1, 2)
-    return out.reshape(clips * frames * sites, *out.shape[-2:])
+def _put(out: torch.Tensor, view: tuple[int, ...]) -> torch.Tensor:
+    """(n, heads, m, d) as the stretch of tokens (n * m, heads, d) that a view takes."""
+    return out.unflatten(0, view[1:3]).permute(0, 3, 1, 2, 4).flatten(0, 2)
 
 
 def _batches(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> list[Batch]:
@@ -211,10 +208,12 @@ def _plan(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> list[Batch
                 visible = torch.arange(length)[None, None, None] < keys.shape[1]
                 keys = torch.cat((keys, keys[:, :1].expand(-1, length - keys.shape[1])), dim=1)
             shared = None if visible is None or visible.dim() == 4 else visible.numpy().tobytes()
-            buckets[queries.shape[1], keys.shape[1], shared].append((queries, keys, visible))
+            # The sites of several clips in one batch are a copy, which pays where the clips are small.
+            alone = query.start if mask.same_site and queries.numel() >= OWN_TOKENS else -1
+            buckets[queries.shape[1], keys.shape[1], shared or b"", alone].append((queries, keys, visible))
     batches = []
     # Sorted, so that the gradients of a key that several batches share are added in an order that does not depend on the other clips.
-    for _, blocks in sorted(buckets.items(), key=lambda item: (*item[0][:2], item[0][2] or b"")):
+    for _, blocks in sorted(buckets.items(), key=lambda item: item[0]):
         queries, keys = torch.cat([block[0] for block in blocks]), torch.cat([block[1] for block in blocks])
         visible = blocks[0][2]
         if visible is not None and visible.dim() == 4:
@@ -267,16 +266,13 @@ def _blocks(query: ClipSpan, key: ClipSpan, mask: Mask):
 
 
 def _regular(index: torch.Tensor) -> tuple[int, ...] | None:
-    """(start, clips, frames, sites, by_site) if the blocks tile one stretch of tokens, as whole runs or as the sites of equal clips."""
+    """(start, clips, sites, m) if the blocks tile one stretch of tokens, as the sites of equal clips or as whole runs, clips of one site."""
     n, m = index.shape
-    start = int(index.min())
-    if torch.equal(index, torch.arange(start, start + n * m).view(n, m)):
-        return start, 1, n, m, False
-    sites = 1
-    while sites < n and index[sites, 0] == index[0, 0] + sites:
+    start, sites = int(index.min()), 1
+    while m > 1 and sites < n and index[sites, 0] == index[0, 0] + sites:
         sites += 1
     if n % sites == 0:
-        grid = torch.arange(start, start + n * m).view(n // sites, m, sites)
-        if torch.equal(index, grid.transpose(1, 2).reshape(n, m)):
-            return start, n // sites, m, sites, True
+        tokens = torch.arange(start, start + n * m).view(n // sites, m, sites)
+        if torch.equal(index, tokens.transpose(1, 2).reshape(n, m)):
+            return start, n // sites, sites, m
     return None

@@ -39,18 +39,35 @@ def modulated_norm_torch(x: torch.Tensor, norm: Modulation, rows: torch.Tensor |
         norm = norm._replace(shift=shift, scale=scale)
     y = norm_torch(x, norm.kind, norm.weight, norm.bias, norm.eps)
     y = y.to(dtype) if exact else y
-    if norm.scale is not None:
-        y = y * (1 + _Gather.apply(norm.scale, rows))
-    if norm.shift is not None:
-        y = y + _Gather.apply(norm.shift, rows)
+    (y,), (scale, shift) = _by_row(rows, [y], [None if norm.scale is None else 1 + norm.scale, norm.shift])
+    y = _multiply_add(y, scale, shift, exact).flatten(0, -2)
     return quantize_rows(y, implementation="torch") if fp8 else y.to(dtype)
 
 
 def gated_residual_torch(x, y, gate, rows, norm, tanh_gate=False, fp8=False, exact=False):
-    if gate is not None:
-        y = y * _Gather.apply(gate.tanh() if tanh_gate else gate, rows)
-    out = (x + y).to(x.dtype)
+    (x_, y), (gate,) = _by_row(None if gate is None else rows, [x, y], [gate.tanh() if tanh_gate else gate])
+    out = _multiply_add(y, gate, x_, exact).flatten(0, -2).to(x.dtype)
     return out if norm is None else (out, modulated_norm_torch(out, norm, rows, fp8, exact))
+
+
+def _multiply_add(x: torch.Tensor, factor: torch.Tensor | None, term: torch.Tensor | None, exact: bool) -> torch.Tensor:
+    """x * factor + term, rounded once, or in exact mode after each step."""
+    if factor is not None and term is not None and not exact:
+        return torch.addcmul(term, x, factor)
+    x = x if factor is None else x * factor
+    return x if term is None else x + term
+
+
+def _by_row(rows: torch.Tensor | None, tokens: list, tables: list) -> tuple[list, list]:
+    """Tensors (tokens, channels), and tables of which each token has a row, such that they broadcast. On a CPU, where looking at the index
+    costs nothing, rows that stretches of equal length share, such as frames, are not written out.
+    """
+    if rows is not None and rows.device.type == "cpu" and type(rows) is torch.Tensor and not torch.compiler.is_compiling():
+        values, counts = torch.unique_consecutive(rows, return_counts=True)
+        if 0 < len(values) < len(rows) and bool((counts == counts[0]).all()):
+            tables = [None if table is None else _Gather.apply(table, values)[:, None] for table in tables]
+            return [x.unflatten(0, (len(values), -1)) for x in tokens], tables
+    return tokens, [None if table is None else _Gather.apply(table, rows) for table in tables]
 
 
 class _Gather(torch.autograd.Function):
