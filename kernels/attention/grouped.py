@@ -171,7 +171,7 @@ def _attend(
 
 
 def _take(x: torch.Tensor, index: torch.Tensor, view: tuple[int, ...] | None) -> torch.Tensor:
-    """x[index] as (n, heads, m, d); where the index is regular, by a view (of `_regular`), which saves the gather and that of the gradient."""
+    """x[index] as (n, heads, m, d); where the index is regular, a view (of `_regular`): no gather, in the gradient neither."""
     if view is None:
         return x[index].transpose(1, 2)
     start, clips, sites, m = view
@@ -266,7 +266,7 @@ def _blocks(query: ClipSpan, key: ClipSpan, mask: Mask):
 
 
 def _regular(index: torch.Tensor) -> tuple[int, ...] | None:
-    """(start, clips, sites, m) if the blocks tile one stretch of tokens, as the sites of equal clips or as whole runs, clips of one site."""
+    """(start, clips, sites, m) if the blocks tile a stretch of tokens, as the sites of equal clips or as whole runs, clips of one site."""
     n, m = index.shape
     start, sites = int(index.min()), 1
     while m > 1 and sites < n and index[sites, 0] == index[0, 0] + sites:
