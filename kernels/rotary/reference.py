@@ -64,20 +64,38 @@ def _norm_rope_torch(x, weight, bias, how, wide):
     cos, sin = (table if table.dim() == 3 else table[:, None] for table in (how.cos, how.sin))
     if how.rows is not None:
         cos, sin = (table.index_select(0, how.rows.clamp(min=0)) for table in (cos, sin))
-    pairs = cos.shape[-1]
-    turned, rest = y[..., : 2 * pairs], y[..., 2 * pairs :]
-    ranges = [turned] if how.interleaved or how.axes is None else turned.split(list(how.axes), dim=-1)
-    halves = [each.unflatten(-1, (-1, 2)).unbind(-1) if how.interleaved else each.chunk(2, dim=-1) for each in ranges]
-    whole, start = [], 0
-    for a, b in halves:
-        c, s = (table[..., start : start + a.shape[-1]] for table in (cos, sin))
-        start += a.shape[-1]
-        both = (a * c - b * s, a * s + b * c)
-        whole.append(torch.stack(both, dim=-1).flatten(-2) if how.interleaved else torch.cat(both, dim=-1))
-    result = torch.cat((*whole, rest), dim=-1)
+    result = _turn(y, cos, sin, how.interleaved, how.axes)
     if how.rows is not None:
         result = torch.where((how.rows >= 0)[:, None, None], result, y)
     return result.to(dtype)
+
+
+def _turn(y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, axes: Sequence[int] | None) -> torch.Tensor:
+    """The first pairs of y (tokens, heads, head_dim) turned, in the dtype that it and the tables promote to."""
+    pairs = cos.shape[-1]
+    turned, rest = y[..., : 2 * pairs], y[..., 2 * pairs :]
+    if interleaved and not torch.compiler.is_compiling():
+        # Pairs as complex numbers, which a compiler would not fuse: no neighbours are gathered. Each product has one term that is not zero,
+        # so that no bit depends on whether the processor rounds once or twice, which it does by a number's place.
+        wide = torch.promote_types(y.dtype, cos.dtype)
+        cos, sin = cos.to(wide), sin.to(wide)
+        zero = torch.zeros_like(cos)
+        z = torch.view_as_complex(turned.to(wide).contiguous().unflatten(-1, (-1, 2)))
+        z = z * torch.complex(cos, zero) + z * torch.complex(zero, sin)
+        parts = [torch.view_as_real(z).flatten(-2)]
+    elif interleaved:
+        a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
+        parts = [torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)]
+    else:
+        parts, start = [], 0
+        for each in [turned] if axes is None else turned.split(list(axes), dim=-1):
+            a, b = each.chunk(2, dim=-1)
+            c, s = (table[..., start : start + a.shape[-1]] for table in (cos, sin))
+            start += a.shape[-1]
+            parts += [a * c - b * s, a * s + b * c]
+    if rest.shape[-1]:
+        parts.append(rest)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def norm_rope_both_reference(q, k, how, out=None, slots=None, fp8=False):
