@@ -21,6 +21,7 @@ FAMILIES = {
     "Kandinsky5Transformer3DModel": "kandinsky",
     "LatteTransformer3DModel": "latte",
     "SanaVideoTransformer3DModel": "sana_video",
+    "STDiT3": "open_sora",
     "SkyReelsV2Transformer3DModel": "skyreels",
     "TransformerTemporalModel": "animatediff",
     "UNet3DConditionModel": "animatediff",
@@ -29,11 +30,13 @@ FAMILIES = {
     "WanTransformer3DModel": "wan",
     "WanVACETransformer3DModel": "wan",
 }
-"""Class of diffusers -> the module here whose `swap` knows it."""
+"""Class -> the module here whose `swap` knows it."""
+LIBRARIES = ("diffusers", "opensora")
+"""Where these classes are."""
 
 
 def accelerate(model: nn.Module, *, precision: str | None = None, strict: bool = False, implementation: str = "auto") -> Report:
-    """Let a video transformer of diffusers compute with the ops of `tubelet.kernels`, in place; nothing but this model changes.
+    """Let a video transformer compute with the ops of `tubelet.kernels`, in place; nothing but this model changes.
 
     model: the transformer, `pipe.transformer`; of classes that are not known, only attention is served. precision: "fp8" also computes the
     linears of the blocks in E4M3 (`fp8_linear`), whose weights are quantised now, beside the model's own; it has no gradient. strict: raise
@@ -58,8 +61,9 @@ def accelerate(model: nn.Module, *, precision: str | None = None, strict: bool =
     if getattr(model, "_tubelet_report", None) is not None:
         raise ValueError("model: expected one that is not accelerated yet; call restore() of its report first")
     swaps = Swaps(model, implementation, precision)
-    family = next((FAMILIES[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in FAMILIES and _of_diffusers(kind)), None)
-    if family is not None and not (found := version("diffusers")).startswith(KNOWN_DIFFUSERS + "."):
+    kind = next((kind for kind in type(model).__mro__ if kind.__name__ in FAMILIES and _library(kind) in LIBRARIES), None)
+    family = None if kind is None else FAMILIES[kind.__name__]
+    if family is not None and _library(kind) == "diffusers" and not (found := version("diffusers")).startswith(KNOWN_DIFFUSERS + "."):
         warnings.warn(f"diffusers {found} is not known: the adapters were written for {KNOWN_DIFFUSERS}", stacklevel=2)
     if family is None:
         swaps.notes.append(f"{type(model).__name__} is not known: its attention sites alone are served")
@@ -78,5 +82,5 @@ def accelerate(model: nn.Module, *, precision: str | None = None, strict: bool =
     return report
 
 
-def _of_diffusers(kind: type) -> bool:
-    return kind.__module__.split(".")[0] == "diffusers"
+def _library(kind: type) -> str:
+    return kind.__module__.split(".")[0]

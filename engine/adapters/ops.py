@@ -206,17 +206,18 @@ def norm_rope(
     across_heads: bool = False,
     interleaved: bool = True,
     axes: Sequence[int] | None = None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The model's norms of queries and keys, and its rotary positions, in one op. q, k: (batch, tokens, heads, head_dim), of other numbers
     of tokens too if nothing turns.
 
     q_norm, k_norm: RMSNorm or LayerNorm modules of any library (weight, bias, eps), over head_dim or across_heads; None or Identity for
     none. cos, sin: (tokens that turn, pairs) float32, one number for each pair, or (batch, tokens, [heads,] pairs), or (tokens, heads,
-    pairs). skip: how many tokens at the beginning and at the end of an entry do not turn. interleaved, axes: as in `qk_norm_rope`.
+    pairs), or with rows int32 (batch * tokens,) of any number of rows. skip: how many tokens at the beginning and at the end of an entry do
+    not turn. interleaved, axes: as in `qk_norm_rope`.
     """
     batch, tokens = q.shape[:2]
-    rows = None
-    if cos is not None:
+    if cos is not None and rows is None:
         own = cos.dim() > 2 and cos.shape[0] == batch and cos.shape[1] == tokens - sum(skip)  # a table for each entry
         if own:
             cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
@@ -235,7 +236,8 @@ def _norm(norm: nn.Module | None) -> tuple[str | None, Tensor | None, Tensor | N
     if norm is None or isinstance(norm, nn.Identity):
         return None, None, None, 1e-6
     kind = "layer" if isinstance(norm, nn.LayerNorm) else "rms"
-    eps = norm.eps if norm.eps is not None else torch.finfo(torch.float32).eps  # torch's RMSNorm without one
+    eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon  # so called in transformers, and in models after its
+    eps = torch.finfo(torch.float32).eps if eps is None else eps  # torch's RMSNorm without one
     return kind, getattr(norm, "weight", None), getattr(norm, "bias", None), eps
 
 
