@@ -35,7 +35,7 @@ from ..dispatch import HAS_TRITON, choose, select, with_triton
 from .reference import NormRope, norm_rope_both_reference, norm_rope_reference, norm_rope_torch
 
 if HAS_TRITON:
-    from . import fused
+    from . import fused, operator
 
 __all__ = ["NormRope", "check_norm_rope", "norm_rope_reference", "qk_norm_rope", "rotary_table"]
 
@@ -120,7 +120,7 @@ def qk_norm_rope(
     else:
         available = with_triton(q, available)
     if choose("qk_norm_rope", implementation, *available) == "triton":
-        return fused.operate(q, k, how, out, slots, fp8, implementation)
+        return operator.operate(q, k, how, out, slots, fp8, implementation)
     return select("qk_norm_rope", implementation, *available)(q, k, how, out, slots, fp8)
 
 
