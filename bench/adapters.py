@@ -110,6 +110,17 @@ def ltx(draw, size, words, config):
     }
 
 
+def ltx2(draw, size, words, config):
+    """With five seconds of sound to 121 frames."""
+    sound = 6 * size[0]
+    return ltx(draw, size, words, config) | {
+        "audio_hidden_states": draw(1, sound, config.audio_in_channels),
+        "audio_encoder_hidden_states": _text(draw, words, config.caption_channels),
+        "audio_encoder_attention_mask": _mask(draw, words),
+        "audio_num_frames": sound,
+    }
+
+
 def cogvideox(draw, size, words, config):
     frames, height, width = size
     tokens, pairs = frames * (height // 2) * (width // 2), config.attention_head_dim
@@ -120,6 +131,12 @@ def cogvideox(draw, size, words, config):
         "timestep": _step(draw, torch.int64),
         "image_rotary_emb": (angles.cos(), angles.sin()),
     }
+
+
+def consisid(draw, size, words, config):
+    """With what two networks saw of a face."""
+    features = [draw(1, 577, config.LFE_vit_dim) for _ in range(config.LFE_num_scale)]
+    return cogvideox(draw, size, words, config) | {"id_cond": draw(1, config.LFE_id_dim), "id_vit_hidden": features}
 
 
 def mochi(draw, size, words, config):
@@ -268,6 +285,18 @@ FAMILIES = {
         words=128,
         levels=(FULL, DEFAULT),
     ),
+    "LTX-2 19B 704p": Family(
+        "LTX2VideoTransformer3DModel",
+        {},
+        _sizes(
+            4, 64, 4, cross_attention_dim=256, caption_channels=128, in_channels=32, out_channels=32, audio_in_channels=32,
+            audio_out_channels=32, audio_num_attention_heads=4, audio_attention_head_dim=32, audio_cross_attention_dim=128,
+        ),
+        (16, 22, 40),
+        (8, 8, 16),
+        ltx2,
+        words=1024,
+    ),
     "CogVideoX 5B 480p": Family(
         "CogVideoXTransformer3DModel",
         _sizes(48, 64, 42, use_rotary_positional_embeddings=True),
@@ -277,6 +306,18 @@ FAMILIES = {
         cogvideox,
         words=226,
         levels=(FULL, DEFAULT),
+    ),
+    "ConsisID 5B 480p": Family(
+        "ConsisIDTransformer3DModel",
+        _sizes(48, 64, 42, in_channels=32, use_rotary_positional_embeddings=True, is_train_face=True),
+        _sizes(
+            4, 48, 4, in_channels=32, use_rotary_positional_embeddings=True, is_train_face=True, text_embed_dim=256, time_embed_dim=64,
+            cross_attn_dim_head=32, cross_attn_num_heads=4, LFE_id_dim=64, LFE_vit_dim=64, LFE_depth=5, LFE_num_heads=2, LFE_output_dim=128,
+        ),
+        (13, 60, 90),
+        SMALL_SIZE,
+        consisid,
+        words=226,
     ),
     "EasyAnimate 5.1 7B": Family(
         "EasyAnimateTransformer3DModel",
