@@ -19,6 +19,7 @@ FAMILIES = {
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "I2VGenXLUNet": "animatediff",
     "Kandinsky5Transformer3DModel": "kandinsky",
+    "LTX2VideoTransformer3DModel": "ltx2",
     "LatteTransformer3DModel": "latte",
     "SanaVideoTransformer3DModel": "sana_video",
     "STDiT3": "open_sora",

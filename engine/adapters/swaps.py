@@ -232,9 +232,20 @@ class Processor:
         self._attention_backend, self._parallel_config = None, None
         self.takes_backend = takes_backend
 
-    def __call__(self, attn: nn.Module, *args, image_rotary_emb: Any = None, rotary_emb: Any = None, **kwargs):
-        for name, value in (("image_rotary_emb", image_rotary_emb), ("rotary_emb", rotary_emb)):
-            if value is not None:  # named, since the library's `Attention` drops keyword arguments that a processor does not name
+    def __call__(
+        self,
+        attn: nn.Module,
+        *args,
+        image_rotary_emb: Any = None,
+        rotary_emb: Any = None,
+        perturbation_mask: Any = None,
+        all_perturbed: Any = None,
+        **kwargs,
+    ):
+        named = {"image_rotary_emb": image_rotary_emb, "rotary_emb": rotary_emb}
+        named |= {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
+        for name, value in named.items():
+            if value is not None:  # named, since the library's attention modules drop keyword arguments that a processor does not name
                 kwargs[name] = value
         if self._parallel_config is not None:
             raise ValueError("model: expected no context parallelism, which these kernels do not know; call report.restore() first")
