@@ -2,9 +2,23 @@
 
 import pytest
 import torch
-from adapter_checks import AdapterTests, Tiny, noise
+from adapter_checks import (
+    AdapterTests,
+    Tiny,
+    assert_checkpoints_change_nothing,
+    assert_same,
+    lengths_of_calls,
+    logged,
+    look_from_outside,
+    make,
+    noise,
+    run,
+)
+from tubelet.engine.adapters import accelerate, ops
 
 diffusers = pytest.importorskip("diffusers")
+
+from diffusers.models.transformers import transformer_ltx2 as ltx2  # noqa: E402 (it needs diffusers)
 
 OPS = frozenset({"attention", "qk_norm_rope", "modulated_norm", "gated_residual", "final_layer"})
 SIZES = {
@@ -183,3 +197,121 @@ MODELS = {
 
 class TestModels(AdapterTests):
     """Of this file's MODELS."""
+
+
+class TestLean:
+    """What is not made, and what the host does not wait for."""
+
+    @pytest.fixture(autouse=True)
+    def _outside(self, monkeypatch):
+        look_from_outside(monkeypatch, ops)
+
+    def test_padding_is_told_by_lengths(self, monkeypatch):
+        lengths = lengths_of_calls(monkeypatch)
+        log = logged(MODELS["LTX-2"], "two clips, odd sizes")
+        assert lengths == [None, [7, 12], None, [7, 12], None, None] * 2
+        assert [op for op, _ in log.found].count("sort") == 2
+        tokens = (45, 7, 12)
+        assert not [shape for shape in log.shapes() if shape[-2:] in [(queries, keys) for queries in tokens for keys in tokens]]
+
+    def test_rows_of_modulation_are_of_timesteps(self, monkeypatch):
+        monkeypatch.setattr(ops, "MOST_TIMESTEPS", 2)
+        log = logged(MODELS["LTX-2"], "a known frame")  # two clips of three frames of six tokens
+        shapes = [shape for shape in log.shapes() if shape[-1:] == (192,) or shape[-2:] in ((6, 32), (4, 32), (1, 32))]
+        assert (6, 192) in shapes and (6, 4, 32) in shapes and (6, 1, 32) in shapes
+        assert not [shape for shape in shapes if shape[0] == 36 or shape[:2] == (2, 18)]
+
+    @pytest.mark.parametrize("kind", ["interleaved", "split"])
+    def test_angles_are_made_once(self, kind):
+        tiny = Tiny(build(rope_type=kind, num_layers=2), MODELS["LTX-2"].inputs, OPS)
+        log = logged(tiny, "two clips, odd sizes")
+        tables = [(2, tokens, 2, pairs) for tokens, pairs in ((45, 8), (7, 4), (45, 4), (7, 4))]
+        made = [shape for shape in log.shapes("clone") if shape in tables]
+        assert sorted(made) == sorted(2 * tables if kind == "interleaved" else [])
+
+    @pytest.mark.parametrize(("case", "calls"), [("perturbed", 4), ("one of two perturbed", 6), ("perturbed by a mask", 6)])
+    def test_no_wait_for_what_is_perturbed(self, case, calls, monkeypatch):
+        lengths = lengths_of_calls(monkeypatch)
+        logged(MODELS["LTX-2.3"], case)
+        assert len(lengths) == 2 * calls
+
+    @pytest.mark.parametrize("case", ["one clip", "a known frame"])
+    def test_queries_and_keys_turn_once(self, case, monkeypatch):
+        found = []
+        monkeypatch.setattr(ops, "qk_norm_rope", lambda q, k, *args, **how: found.append((len(q), len(k))) or (q.clone(), k.clone()))
+        inputs = MODELS["LTX-2.3"].inputs[case]
+        make_and_call(MODELS["LTX-2.3"], inputs)
+        batch, (video, audio) = len(inputs["hidden_states"]), (inputs[name].shape[1] for name in ("hidden_states", "audio_hidden_states"))
+        pairs = [(video, video), (video, 12), (audio, audio), (audio, 12), (video, video), (audio, audio)]
+        assert found == [(batch * q, batch * k) for q, k in pairs]
+
+
+def make_and_call(tiny: Tiny, inputs: dict) -> None:
+    """A forward pass of an accelerated model."""
+    model = make(tiny)
+    accelerate(model)
+    with torch.no_grad():
+        model(**inputs)
+
+
+class Own(ltx2.LTX2AudioVideoAttnProcessor):
+    """Of somebody who changed it."""
+
+
+class OwnPerturbed(ltx2.LTX2PerturbedAttnProcessor):
+    """Likewise."""
+
+
+class TestOthers:
+    """What others put in the way of `accelerate`."""
+
+    @pytest.mark.parametrize("precision", [None, "fp8"])
+    @pytest.mark.parametrize("when", ["before", "after"])
+    @pytest.mark.parametrize(("name", "own"), [("LTX-2", Own), ("LTX-2.3", OwnPerturbed)])
+    @pytest.mark.parametrize("where", ["attn1", "attn2", "audio_to_video_attn"])
+    def test_processors(self, where, name, own, when, precision):
+        model = make(MODELS[name])
+        before = self.results(model, name)
+        report = accelerate(model, precision=precision) if when == "after" else None
+        model.transformer_blocks[0].get_submodule(where).set_processor(own())
+        report = report or accelerate(model, precision=precision)
+        left = [site.where for site in report.left if site.servable and site.op == "attention"]
+        assert left == ([f"transformer_blocks.0.{where}"] if when == "before" else [])
+        for ours, theirs in zip(self.results(model, name), before, strict=True):
+            assert_same(ours, theirs, 0.15 if precision else 1e-5)
+
+    @pytest.mark.parametrize("name", ["LTX-2", "LTX-2.3", "LTX-2, halves"])
+    @pytest.mark.parametrize("where", ["", "transformer_blocks.0"])
+    def test_forwards(self, name, where):
+        model = make(MODELS[name])
+        before = self.results(model, name)
+        module = model.get_submodule(where)
+        module.forward = module.forward
+        report = accelerate(model)
+        assert {site.where for site in report.left if site.servable} == {"", where}
+        for ours, theirs in zip(self.results(model, name), before, strict=True):
+            assert_same(ours, theirs)
+
+    @pytest.mark.parametrize("case", ["a known frame", "one of two perturbed"])
+    def test_checkpointing(self, case):
+        assert_checkpoints_change_nothing(MODELS["LTX-2.3"], case)
+
+    @pytest.mark.parametrize(("a2v", "v2a"), [(True, False), (False, True)])
+    def test_one_way_alone(self, a2v, v2a):
+        """As a block can be called, and the model does not."""
+        model, results = make(MODELS["LTX-2"]), []
+        block = model.transformer_blocks[0]
+        steps = [noise(2, 1, parts * width) for parts in (6, 4, 1) for width in (32, 16)]
+        inputs = noise(2, 9, 32), noise(2, 5, 16), noise(2, 4, 32), noise(2, 4, 16), *steps
+        how = {"use_a2v_cross_attention": a2v, "use_v2a_cross_attention": v2a}
+        how |= {"ca_video_rotary_emb": (noise(2, 9, 8).repeat_interleave(2, -1),) * 2}
+        how |= {"ca_audio_rotary_emb": (noise(2, 5, 8).repeat_interleave(2, -1),) * 2}
+        with torch.no_grad():
+            results.append(block(*inputs, **how))
+            accelerate(model)
+            results.append(block(*inputs, **how))
+        assert_same(list(results[1]), list(results[0]))
+
+    def results(self, model: torch.nn.Module, name: str) -> list[list[torch.Tensor]]:
+        with torch.no_grad():
+            return [run(model, MODELS[name], inputs) for inputs in MODELS[name].inputs.values()]

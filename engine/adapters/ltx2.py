@@ -38,6 +38,17 @@ class Angles(NamedTuple):
     sin: Tensor
 
 
+class Turned(NamedTuple):
+    """Queries and keys (batch, tokens, heads, head_dim) after norms and rotation."""
+
+    q: Tensor
+    k: Tensor
+
+
+Rotary = tuple[Tensor, Tensor] | Angles | None
+"""As the library's modules make them, or as tables of pairs."""
+
+
 def swap(swaps: Swaps) -> None:
     """Serve an LTX2VideoTransformer3DModel."""
     blocks = [swap_block(swaps, where) for where, _ in list(swaps.named(ltx2.LTX2VideoTransformerBlock))]
@@ -82,21 +93,29 @@ def attend(
     hidden_states: Rows,
     encoder_hidden_states: Rows | None = None,
     attention_mask: Tensor | None = None,
-    query_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    key_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    query_rotary_emb: Rotary | Turned = None,
+    key_rotary_emb: Rotary = None,
     perturbation_mask: Tensor | None = None,
     all_perturbed: bool | Tensor | None = None,
     *,
     swaps: Swaps,
 ) -> Tensor:
     """What LTX2AudioVideoAttnProcessor and LTX2PerturbedAttnProcessor compute. attention_mask: or how many keys of each entry are there,
-    the first, int32 (batch,).
+    the first, int32 (batch,). query_rotary_emb: or what was turned already.
     """
     text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
     v = attn.to_v(text).unflatten(2, (attn.heads, -1))
     if all_perturbed is True:  # a tensor is of the library's own forward, and the host does not wait for it
         return finish(attn, hidden_states, v)
-    q, k = turned(attn, attn.to_q(hidden_states), attn.to_k(text), query_rotary_emb, key_rotary_emb, swaps)
+    if isinstance(query_rotary_emb, Turned):
+        q, k = query_rotary_emb
+    else:
+        q, k = attn.to_q(hidden_states), attn.to_k(text)
+        if key_rotary_emb is None:
+            q, k = norm_rope(attn, q, k, attn.norm_q, attn.norm_k, query_rotary_emb, swaps)
+        else:  # in a block that is not served
+            q, _ = norm_rope(attn, q, q, attn.norm_q, attn.norm_q, query_rotary_emb, swaps)
+            k, _ = norm_rope(attn, k, k, attn.norm_k, attn.norm_k, key_rotary_emb, swaps)
     lengths = mask = attention_mask
     if mask is not None and mask.dim() > 2 and mask.shape[-2] > 1:
         out = masked_attention(q, k, v, mask[:, None], swaps=swaps)
@@ -111,40 +130,27 @@ def attend(
     return finish(attn, hidden_states, out)
 
 
-def turned(
-    attn: nn.Module, q: Tensor, k: Tensor, of_q: tuple[Tensor, Tensor] | None, of_k: tuple[Tensor, Tensor] | None, swaps: Swaps
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Queries and keys (batch, tokens, channels) after their norms and turned by tables of their own, or the keys by those of the queries:
-    (batch, tokens, heads, head_dim).
-    """
-    if of_k is None:
-        return norm_rope(attn, q, k, attn.norm_q, attn.norm_k, of_q, swaps)
-    q, _ = norm_rope(attn, q, q, attn.norm_q, attn.norm_q, of_q, swaps)
-    k, _ = norm_rope(attn, k, k, attn.norm_k, attn.norm_k, of_k, swaps)
-    return q, k
-
-
 def norm_rope(
-    attn: nn.Module, q: Tensor, k: Tensor, q_norm: nn.Module, k_norm: nn.Module, tables: tuple[Tensor, Tensor] | None, swaps: Swaps
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q and k (batch, tokens, channels) after the norms, turned by one table: (batch, tokens, heads, head_dim)."""
-    angles = angles_of(attn, tables)
+    attn: nn.Module, q: Tensor, k: Tensor, q_norm: nn.Module, k_norm: nn.Module, rotary_emb: Rotary, swaps: Swaps
+) -> Turned:  # fmt: skip
+    """q and k (batch, tokens, channels) after the norms, turned by one table."""
+    angles = angles_of(attn, rotary_emb)
     heads = attn.heads if angles is None else angles.cos.shape[2]  # halves are of the table's heads
     cos, sin = (None, None) if angles is None else (table[0] if len(table) == 1 else table for table in angles)
     q, k = (x.unflatten(2, (heads, -1)) for x in (q, k))
     q, k = ops.norm_rope(
         q, k, q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin, across_heads=True, interleaved=attn.rope_type == "interleaved", swaps=swaps
     )
-    return tuple(x if heads == attn.heads else x.flatten(2).unflatten(2, (attn.heads, -1)) for x in (q, k))
+    return Turned(*(x if heads == attn.heads else x.flatten(2).unflatten(2, (attn.heads, -1)) for x in (q, k)))
 
 
-def angles_of(attn: nn.Module, tables: tuple[Tensor, Tensor] | None) -> Angles | None:
-    """The library's tables, (batch, tokens, channels) of neighbours or (batch, heads, tokens, pairs) of halves."""
-    if tables is None or isinstance(tables, Angles):
-        return tables
+def angles_of(attn: nn.Module, rotary_emb: Rotary) -> Angles | None:
+    """The library's tables are (batch, tokens, channels) of neighbours, or (batch, heads, tokens, pairs) of halves."""
+    if rotary_emb is None or isinstance(rotary_emb, Angles):
+        return rotary_emb
     if attn.rope_type == "split":
-        return Angles(*(table.transpose(1, 2).float() for table in tables))
-    return Angles(*(table[..., ::2].unflatten(2, (attn.heads, -1)).float().contiguous() for table in tables))
+        return Angles(*(table.transpose(1, 2).float() for table in rotary_emb))
+    return Angles(*(table[..., ::2].unflatten(2, (attn.heads, -1)).float().contiguous() for table in rotary_emb))
 
 
 def finish(attn: nn.Module, hidden_states: Rows, out: Tensor) -> Tensor:
@@ -179,10 +185,10 @@ def block(
     temb_ca_audio_gate: Step,
     temb_prompt: Tensor | None = None,
     temb_prompt_audio: Tensor | None = None,
-    video_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    audio_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ca_video_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ca_audio_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    video_rotary_emb: Rotary = None,
+    audio_rotary_emb: Rotary = None,
+    ca_video_rotary_emb: Rotary = None,
+    ca_audio_rotary_emb: Rotary = None,
     encoder_attention_mask: Tensor | None = None,
     audio_encoder_attention_mask: Tensor | None = None,
     self_attention_mask: Tensor | None = None,
@@ -212,10 +218,16 @@ def block(
         fp8 = takes_fp8(a2v, a2v.to_k, a2v.to_v), takes_fp8(v2a, *queries(v2a))
         table, norm = module.audio_a2v_cross_attn_scale_shift_table, module.video_to_audio_norm
         audio, keys, asks = for_each_other(audio, norm, table, temb_ca_audio_scale_shift, temb_ca_audio_gate, fp8, swaps)
+        of_a2v, of_v2a = (ca_video_rotary_emb, ca_audio_rotary_emb), (ca_audio_rotary_emb, ca_video_rotary_emb)
+        if use_a2v_cross_attention and use_v2a_cross_attention and all(isinstance(attn.processor, Processor) for attn in (a2v, v2a)):
+            # The queries of one and the keys of the other are of the same tokens, turned by the same angles.
+            q, k2 = norm_rope(a2v, a2v.to_q(seen), v2a.to_k(heard), a2v.norm_q, v2a.norm_k, ca_video_rotary_emb, swaps)
+            q2, k = norm_rope(v2a, v2a.to_q(asks), a2v.to_k(keys), v2a.norm_q, a2v.norm_k, ca_audio_rotary_emb, swaps)
+            of_a2v, of_v2a = (Turned(q, k), None), (Turned(q2, k2), None)
         if use_a2v_cross_attention:
-            video = video._replace(y=a2v(seen, keys, a2v_cross_attention_mask, ca_video_rotary_emb, ca_audio_rotary_emb))
+            video = video._replace(y=a2v(seen, keys, a2v_cross_attention_mask, *of_a2v))
         if use_v2a_cross_attention:
-            audio = audio._replace(y=v2a(asks, heard, v2a_cross_attention_mask, ca_audio_rotary_emb, ca_video_rotary_emb))
+            audio = audio._replace(y=v2a(asks, heard, v2a_cross_attention_mask, *of_v2a))
     return through_ff(module, "", video, mlp, swaps), through_ff(module, "audio_", audio, audio_mlp, swaps)
 
 
