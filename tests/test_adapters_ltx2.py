@@ -129,6 +129,11 @@ MODELS = {
             "a mask of pairs": call(2, (2, 3, 2), 5) | {"video_self_attention_mask": (noise(2, 12, 12) > 0).float()},
             "scores of texts": TWO | {"encoder_attention_mask": (padded(7, 12)["encoder_attention_mask"][:, None] - 1) * 1e4},
             "scores of pairs": ONE | {"encoder_attention_mask": noise(1, 12, 12)},
+            "four dimensions": TWO
+            | {
+                "encoder_attention_mask": noise(2, 1, 45, 12),
+                "audio_encoder_attention_mask": (padded(3, 12)["encoder_attention_mask"][:, None, None] - 1) * 1e4,
+            },
             "no perturbation": ONE | perturbing(),
         },
         OPS,
@@ -180,13 +185,13 @@ MODELS = {
         OPS,
         both,
     ),
-    "the sound modulates alone, norms have weights": Tiny(
+    "LTX-2.3 of the sound alone": Tiny(
         build(audio_cross_attn_mod=True, norm_elementwise_affine=True, attention_bias=False, attention_out_bias=False),
         {"two clips": TWO | {"sigma": torch.tensor([300.0, 500.0])}},
         OPS,
         both,
     ),
-    "the video modulates and has gates alone": Tiny(
+    "LTX-2.3 of the video alone": Tiny(
         build(cross_attn_mod=True, gated_attn=True, activation_fn="geglu"),
         {"two clips": TWO | {"sigma": torch.tensor([300.0, 500.0]), "audio_sigma": torch.tensor([200.0, 100.0])}},
         OPS,

@@ -23,10 +23,10 @@ ATTENTION = ("attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_att
 NORMS = ("norm1", "norm2", "norm3", "audio_norm1", "audio_norm2", "audio_norm3", "audio_to_video_norm", "video_to_audio_norm")
 PROCESSORS = ltx2.LTX2AudioVideoAttnProcessor, ltx2.LTX2PerturbedAttnProcessor
 A_BLOCK_IS_NOT = "a block is not served, and would not know a table of rows"
-OF_PAIRS = "video_self_attention_mask has a number for each pair of tokens: torch's SDPA, in calls that give it"
-OF_HEADS = "a number for each head and token multiplies what attention gives"
-PERTURBED = "values in the place of attention, in calls that perturb; torch's mean of both where a mask says which entries"
-NO_NORM = "a scale and a shift for each text, without a norm before"
+OF_PAIRS = "video_self_attention_mask, in calls that give it: torch's SDPA"
+OF_HEADS = "a number for each head of each token"
+PERTURBED = "values in the place of attention, by torch's lerp where a mask says which entries"
+NO_NORM = "a scale and a shift without a norm"
 Step = Tensor | tuple[Tensor, Tensor]
 """Modulation (batch, n, parts * channels), of n stretches of tokens, or rows (n, parts * channels) and the row of each token (tokens,)."""
 
@@ -117,8 +117,8 @@ def attend(
             q, _ = norm_rope(attn, q, q, attn.norm_q, attn.norm_q, query_rotary_emb, swaps)
             k, _ = norm_rope(attn, k, k, attn.norm_k, attn.norm_k, key_rotary_emb, swaps)
     lengths = mask = attention_mask
-    if mask is not None and mask.dim() > 2 and mask.shape[-2] > 1:
-        out = masked_attention(q, k, v, mask[:, None], swaps=swaps)
+    if is_of_pairs(mask):
+        out = masked_attention(q, k, v, mask if mask.dim() == 4 else mask[:, None], swaps=swaps)
     else:
         keys = k, v
         if mask is not None and mask.dim() > 1:
@@ -128,6 +128,11 @@ def attend(
     if perturbation_mask is not None:
         out = torch.lerp(v, out, perturbation_mask.to(v)[..., None])
     return finish(attn, hidden_states, out)
+
+
+def is_of_pairs(mask: Tensor | None) -> bool:
+    """Whether a mask (batch, [1,] queries, keys) says more than which keys of each entry are there."""
+    return mask is not None and mask.dim() > 2 and mask.shape[-2] > 1
 
 
 def norm_rope(
@@ -422,6 +427,6 @@ def ordered(mask: Tensor | None, text: Tensor, prompt: Tensor | None) -> tuple[T
     """How many of a text's tokens are there, and the text with these first; a mask of more than that, as it is."""
     if mask is not None and mask.dim() == 2:
         mask = as_bias(mask, text)[:, None]
-    if mask is None or mask.shape[1] > 1 or (prompt is not None and prompt.shape[1] > 1):
+    if mask is None or is_of_pairs(mask) or (prompt is not None and prompt.shape[1] > 1):
         return mask, text
     return ops.ordered(mask, text)
