@@ -11,6 +11,7 @@ from .swaps import Swaps
 
 KNOWN_DIFFUSERS = "0.42"
 FAMILIES = {
+    "AllegroTransformer3DModel": "allegro",
     "CosmosControlNetModel": "cosmos",
     "CosmosTransformer3DModel": "cosmos",
     "HeliosTransformer3DModel": "helios",
@@ -19,11 +20,11 @@ FAMILIES = {
     "HunyuanVideoTransformer3DModel": "hunyuan_video",
     "I2VGenXLUNet": "animatediff",
     "Kandinsky5Transformer3DModel": "kandinsky",
-    "LTX2VideoTransformer3DModel": "ltx2",
     "LatteTransformer3DModel": "latte",
+    "LTX2VideoTransformer3DModel": "ltx2",
     "SanaVideoTransformer3DModel": "sana_video",
-    "STDiT3": "open_sora",
     "SkyReelsV2Transformer3DModel": "skyreels",
+    "STDiT3": "open_sora",
     "TransformerTemporalModel": "animatediff",
     "UNet3DConditionModel": "animatediff",
     "UNetMotionModel": "animatediff",
