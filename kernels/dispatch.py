@@ -123,7 +123,7 @@ class Operator:
         self.register_fake, self.register_autograd = self._operator.register_fake, self._operator.register_autograd
 
     def __call__(self, *arguments):
-        return self._operator(*arguments) if _watched(arguments) else self._function(*arguments)
+        return self._operator(*arguments) if watched(arguments) else self._function(*arguments)
 
 
 def as_operator(name: str) -> Callable[[Callable], Operator]:
@@ -131,8 +131,8 @@ def as_operator(name: str) -> Callable[[Callable], Operator]:
     return lambda function: Operator(name, function)
 
 
-def _watched(arguments) -> bool:
-    """Whether torch has to see a call with these."""
+def watched(arguments) -> bool:
+    """Whether something of torch has to see a call with these: autograd, a compiler, a dispatch mode."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     differentiates = torch.is_grad_enabled()

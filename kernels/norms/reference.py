@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..dispatch import watched
 from ..fp8 import quantize_rows
 
 
@@ -62,7 +63,7 @@ def _by_row(rows: torch.Tensor | None, tokens: list, tables: list) -> tuple[list
     """Tensors (tokens, channels), and tables of which each token has a row, such that they broadcast. On a CPU, where looking at the index
     costs nothing, rows that stretches of equal length share, such as frames, are not written out.
     """
-    if rows is not None and rows.device.type == "cpu" and type(rows) is torch.Tensor and not torch.compiler.is_compiling():
+    if rows is not None and rows.device.type == "cpu" and not watched((rows,)):
         values, counts = torch.unique_consecutive(rows, return_counts=True)
         if 0 < len(values) < len(rows) and bool((counts == counts[0]).all()):
             tables = [None if table is None else _Gather.apply(table, values)[:, None] for table in tables]
