@@ -12,6 +12,8 @@ from .swaps import Swaps
 KNOWN_DIFFUSERS = "0.42"
 FAMILIES = {
     "AllegroTransformer3DModel": "allegro",
+    "CogVideoXTransformer3DModel": "cogvideox",
+    "ConsisIDTransformer3DModel": "consisid",
     "CosmosControlNetModel": "cosmos",
     "CosmosTransformer3DModel": "cosmos",
     "HeliosTransformer3DModel": "helios",

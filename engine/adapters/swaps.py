@@ -73,15 +73,23 @@ class Swaps:
         setattr(target, name, value)
 
     def forward(
-        self, where: str, function: Callable, sites: Mapping[str, tuple[str, ...]], *weights: str, kind: type | None = None
+        self,
+        where: str,
+        function: Callable,
+        sites: Mapping[str, tuple[str, ...]],
+        *weights: str,
+        kind: type | None = None,
+        norms: tuple[str, ...] = (),
     ) -> bool:
         """Let function(module, *args, swaps=self, **kwargs) be the forward of a module; whether that could be done.
 
         sites: the sites in it that are served then, op -> ops of `tubelet.kernels`. weights: what the function reads of the module by
-        itself. kind: the class that the function was written for.
+        itself. kind: the class that the function was written for. norms: names of norms in it whose weights the function reads.
         """
         module = self.module(where)
         reason = self.refusal(module, *weights)
+        for name in norms:
+            reason = reason or self.refusal(module.get_submodule(name), "weight", "bias")
         if reason is None and kind is not None and type(module).forward is not kind.forward:  # FSDP2's classes have that of theirs
             reason = f"{type(module).__name__} has not the forward of {kind.__name__}"
         for op, served_by in sites.items():
