@@ -24,6 +24,7 @@ FAMILIES = {
     "Kandinsky5Transformer3DModel": "kandinsky",
     "LatteTransformer3DModel": "latte",
     "LTX2VideoTransformer3DModel": "ltx2",
+    "MochiTransformer3DModel": "mochi",
     "SanaVideoTransformer3DModel": "sana_video",
     "SkyReelsV2Transformer3DModel": "skyreels",
     "STDiT3": "open_sora",
