@@ -162,6 +162,13 @@ class TestLean:
         assert log.copies(2 * tokens * 32) == [(2, tokens, 32)]
         assert not [shape for shape in log.shapes() if shape[-2:] == (tokens, tokens)]
 
+    def test_nor_in_a_model_whose_own_forward_has_hooks(self):
+        model = make(MODELS["CogVideoX 5B"])
+        model.forward = model.forward
+        accelerate(model)
+        log = logged(MODELS["CogVideoX 5B"], "two clips, odd sizes", model)
+        assert [shape for shape in log.copies(2 * 51 * 32) if shape == (2, 51, 32)] == [(2, 51, 32)]
+
     def test_padding_is_told_by_lengths(self, monkeypatch):
         lengths = lengths_of_calls(monkeypatch)
         logged(MODELS["CogVideoX 5B"], "keys that are masked")
