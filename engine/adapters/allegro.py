@@ -30,8 +30,9 @@ def swap(swaps: Swaps) -> None:
         swaps.processor(f"{where}.attn2", attend, AllegroAttnProcessor2_0)
         swaps.linears(where)
         swaps.feed_forward(f"{where}.ff")
-        if swaps.forward(where, block, {"norms, modulation, gates": ("modulated_norm", "gated_residual")}, kind=AllegroTransformerBlock):
-            for norm in ("norm1", "norm2"):
+        sites, norms = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}, ("norm1", "norm2")
+        if swaps.forward(where, block, sites, kind=AllegroTransformerBlock, norms=norms):
+            for norm in norms:
                 swaps.serve("norm", f"{where}.{norm}", "modulated_norm")
         swaps.leave("norm", f"{where}.norm3", "the model does not call it")
     if swaps.forward("", forward, {"masks, tables of angles": ("attention", "qk_norm_rope")}, kind=AllegroTransformer3DModel):
