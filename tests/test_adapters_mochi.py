@@ -47,6 +47,7 @@ MODELS = {
         {
             "two texts": call((2, 4, 6), seen("xxx...", "xxxxxx")),
             "three clips, odd sizes, no text": call((3, 6, 10), seen("xxxx..", "......", "x.....")),
+            "as many clips as heads and tokens": call((1, 2, 6), seen("xxx...", "x.....", "xxxxxx")),
             "one clip": call((1, 4, 4), seen("xxxx..")),
             "padding anywhere": call((2, 2, 4), seen("..xxxx", ".x.xx.")),
             "masks of numbers": call((2, 2, 4), seen("xx....", "x.xxxx").float()),
@@ -72,7 +73,7 @@ def test_a_batch_attends_in_one_call_a_layer_and_the_host_waits_for_nothing():
         logged(tiny, case, make(tiny))
     model = make(tiny)
     report = accelerate(model)
-    logged(tiny, case, model)
+    assert [name for name, _ in logged(tiny, case, model).found].count("sort") == 1  # which tokens are there
     reset_engaged()
     run(model, tiny, tiny.inputs[case])
     assert [runs.calls for runs in report.engaged()["attention"].values()] == [len(model.transformer_blocks)]
