@@ -96,6 +96,7 @@ MODELS = {
             "coordinates for both": call(2, THREE) | coordinates(1, THREE) | {"num_frames": 1, "height": 1, "width": 1},
             "scales of each clip": call(2, THREE, rope_interpolation_scale=(torch.tensor([0.3, 0.4]).view(2, 1, 1, 1, 1), 32, 32)),
             "a tensor of scales": call(2, THREE, rope_interpolation_scale=torch.tensor([0.3, 32, 16])),
+            "as many tokens, heads and clips": call(2, (2, 1, 1)),
             "no scales": call(2, THREE, rope_interpolation_scale=None),
             "padding anywhere": call(2, TWO, encoder_attention_mask=seen(5, 9).flip(1).bool()),
             "a text that is empty": call(2, TWO, encoder_attention_mask=seen(0, 9)),

@@ -17,8 +17,6 @@ from .functions import masked_attention
 from .ltx2 import A_BLOCK_IS_NOT, Angles, Step, as_bias, parts
 from .swaps import Processor, Swaps, are_served, takes_fp8
 
-NORMS = ("norm1", "norm2")
-
 
 def swap(swaps: Swaps) -> None:
     """Serve an LTXVideoTransformer3DModel."""
@@ -37,12 +35,7 @@ def swap_block(swaps: Swaps, where: str) -> bool:
         swaps.processor(f"{where}.{name}", attend, ltx.LTXVideoAttnProcessor, "qk_norm_rope", "attention", norms=("norm_q", "norm_k"))
     swaps.linears(where)
     swaps.feed_forward(f"{where}.ff")
-    sites = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}
-    if swaps.forward(where, block, sites, kind=ltx.LTXVideoTransformerBlock, norms=NORMS):
-        for norm in NORMS:
-            swaps.serve("norm", f"{where}.{norm}", "modulated_norm")
-        return True
-    return False
+    return swaps.block(where, block, ltx.LTXVideoTransformerBlock, "norm1", "norm2")
 
 
 def attend(
@@ -57,8 +50,7 @@ def attend(
     """What LTXVideoAttnProcessor computes. attention_mask: or how many keys of each entry are there, the first, int32 (batch,)."""
     text, mask = hidden_states if encoder_hidden_states is None else encoder_hidden_states, attention_mask
     q, k, v = (to(x).unflatten(2, (attn.heads, -1)) for to, x in ((attn.to_q, hidden_states), (attn.to_k, text), (attn.to_v, text)))
-    angles = None if image_rotary_emb is None else angles_of(image_rotary_emb, attn.heads)
-    cos, sin = (None, None) if angles is None else (table[0] if len(table) == 1 else table for table in angles)
+    cos, sin = (None, None) if image_rotary_emb is None else angles_of(image_rotary_emb, attn.heads)
     q, k = ops.norm_rope(q, k, q_norm=attn.norm_q, k_norm=attn.norm_k, cos=cos, sin=sin, across_heads=True, swaps=swaps)
     if mask is None or mask.dim() == 1:
         out = ops.attend(q, k, v, cross=encoder_hidden_states is not None, lengths=mask, swaps=swaps)

@@ -212,13 +212,16 @@ def norm_rope(
     of tokens too if nothing turns.
 
     q_norm, k_norm: RMSNorm or LayerNorm modules of any library (weight, bias, eps), over head_dim or across_heads; None or Identity for
-    none. cos, sin: (tokens that turn, pairs) float32, one number for each pair, or (batch, tokens, [heads,] pairs), or (tokens, heads,
+    none. cos, sin: (tokens that turn, pairs) float32, one number for each pair, or (batch, tokens, [heads,] pairs), or ([1,] tokens, heads,
     pairs), or with rows int32 (batch * tokens,) of any number of rows. skip: how many tokens at the beginning and at the end of an entry do
     not turn. interleaved, axes: as in `qk_norm_rope`.
     """
     batch, tokens = q.shape[:2]
     if cos is not None and rows is None:
-        own = cos.dim() > 2 and cos.shape[0] == batch and cos.shape[1] == tokens - sum(skip)  # a table for each entry
+        of_all = cos.dim() == 4 and len(cos) == 1
+        if of_all:  # else taken for one of each entry where there are as many heads, tokens and entries
+            cos, sin = cos[0], sin[0]
+        own = not of_all and cos.dim() > 2 and cos.shape[0] == batch and cos.shape[1] == tokens - sum(skip)  # a table for each entry
         if own:
             cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
         if batch > 1 or any(skip) or own:
