@@ -196,6 +196,17 @@ class AdapterTests:
             for inputs, outs in zip(list(tiny.inputs.values())[:2], before, strict=True):  # the second with sizes that vary
                 assert_same(run(compiled, tiny, inputs), outs)
 
+    def test_offloading_of_single_layers(self, tiny: Tiny):
+        """Weights that are elsewhere until their layer is called: what reads them is refused, and the rest is served."""
+        library = pytest.importorskip("accelerate")
+        model, inputs = make(tiny), next(iter(tiny.inputs.values()))
+        with torch.no_grad():
+            before = run(model, tiny, inputs)
+            library.cpu_offload(model, execution_device=torch.device("cpu"))
+            report = accelerate(model)
+            assert any("offloading" in site.reason for site in report.left)
+            assert_same(run(model, tiny, inputs), before)
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are compiled: test_in_bfloat16")
     def test_interpreted(self, tiny: Tiny):
         model, inputs = make(tiny), next(iter(tiny.inputs.values()))

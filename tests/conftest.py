@@ -61,7 +61,7 @@ def right_conversions():
 def pytest_generate_tests(metafunc):
     if "tiny" in metafunc.fixturenames:  # of `adapter_checks`
         models = metafunc.module.MODELS
-        # Of each family one is interpreted, and two are compiled: both take their time.
-        most = {"test_interpreted": 1, "test_compiled": 2}.get(metafunc.function.__name__, len(models))
-        models = dict(list(models.items())[:most])
+        # Of each family one is interpreted and offloaded, and two are compiled: these take their time.
+        most = {"test_interpreted": 1, "test_offloading_of_single_layers": 1, "test_compiled": 2}
+        models = dict(list(models.items())[: most.get(metafunc.function.__name__)])
         metafunc.parametrize("tiny", models.values(), ids=models)

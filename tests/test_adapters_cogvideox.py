@@ -226,17 +226,6 @@ class TestOthers:
             assert_same(ours, theirs)
         assert found[:2] == [[45, TEXT], [12, TEXT]]
 
-    def test_offloading_of_single_layers_is_refused(self, name):
-        library = pytest.importorskip("accelerate")
-        model = make(MODELS[name])
-        before = results(model, name)
-        library.cpu_offload(model, execution_device=torch.device("cpu"))
-        report = accelerate(model)
-        assert not report.served
-        assert any("offloading" in site.reason for site in report.left)
-        for ours, theirs in zip(results(model, name), before, strict=True):
-            assert_same(ours, theirs)
-
     def test_checkpointing(self, name):
         assert_checkpoints_change_nothing(MODELS[name], "two clips, odd sizes")
 

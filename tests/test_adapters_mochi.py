@@ -54,12 +54,12 @@ MODELS = {
         },
         OPS,
     ),
-    "another feed-forward, more channels out": Tiny(
+    "Mochi, another feed-forward, more channels out": Tiny(
         build(activation_fn="gelu-approximate", num_layers=1, in_channels=8, out_channels=4),
         {"two texts": call((2, 4, 6), seen("xxx...", "xxxxx."), channels=8)},
         OPS,
     ),
-    "patches of one pixel": Tiny(build(patch_size=1, num_layers=3), {"two clips": call((2, 3, 5), seen("x.....", "xxxxxx"))}, OPS),
+    "Mochi, patches of one pixel": Tiny(build(patch_size=1, num_layers=3), {"two clips": call((2, 3, 5), seen("x.....", "xxxxxx"))}, OPS),
 }
 
 

@@ -30,10 +30,7 @@ def swap(swaps: Swaps) -> None:
         swaps.processor(f"{where}.attn2", attend, AllegroAttnProcessor2_0)
         swaps.linears(where)
         swaps.feed_forward(f"{where}.ff")
-        sites, norms = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}, ("norm1", "norm2")
-        if swaps.forward(where, block, sites, kind=AllegroTransformerBlock, norms=norms):
-            for norm in norms:
-                swaps.serve("norm", f"{where}.{norm}", "modulated_norm")
+        swaps.block(where, block, AllegroTransformerBlock, "norm1", "norm2")
         swaps.leave("norm", f"{where}.norm3", "the model does not call it")
     if swaps.forward("", forward, {"masks, tables of angles": ("attention", "qk_norm_rope")}, kind=AllegroTransformer3DModel):
         swaps.last_layer("norm_out", "proj_out")

@@ -35,13 +35,12 @@ def swap_block(swaps: Swaps, where: str) -> None:
             swaps.processor(f"{where}.{name}", attend, AttnProcessor2_0)
     swaps.linears(where)
     swaps.feed_forward(f"{where}.ff")
-    norms = [f"{where}.{name}" for name in ("norm1", "norm2", "norm3") if isinstance(getattr(module, name, None), nn.Module)]
+    norms = [name for name in ("norm1", "norm2", "norm3") if isinstance(getattr(module, name, None), nn.Module)]
     if module.norm_type != "layer_norm" and (module.norm_type != "ada_norm_single" or module.pos_embed is not None):
         for norm in norms:
-            swaps.leave("norm", norm, f"{module.norm_type} is not known to the adapter")
-    elif swaps.forward(where, block, {"norms, modulation, gates": ("modulated_norm", "gated_residual")}, kind=BasicTransformerBlock):
-        for norm in norms:
-            swaps.serve("norm", norm, "modulated_norm")
+            swaps.leave("norm", f"{where}.{norm}", f"{module.norm_type} is not known to the adapter")
+    else:
+        swaps.block(where, block, BasicTransformerBlock, *norms)
 
 
 def take_clips(blocks: Iterable[nn.Module]) -> bool:

@@ -24,7 +24,6 @@ from .functions import key_padding, masked_attention
 from .hunyuan_video import joined
 from .swaps import Processor, Swaps, takes_fp8
 
-NORMS = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}
 ONE_TENSOR = {"text and video in one tensor": ("modulated_norm", "gated_residual")}
 PROCESSORS = CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
 
@@ -48,10 +47,7 @@ def swap_parts(swaps: Swaps, kind: type) -> None:
         swaps.processor(f"{where}.attn1", attend, PROCESSORS, "qk_norm_rope", "attention", norms=("norm_q", "norm_k"))
         swaps.linears(where, "norm1", "norm2")
         swaps.feed_forward(f"{where}.ff")
-        norms = "norm1.norm", "norm2.norm"
-        if swaps.forward(where, block, NORMS, kind=kind, norms=norms):
-            for norm in norms:
-                swaps.serve("norm", f"{where}.{norm}", "modulated_norm")
+        swaps.block(where, block, kind, "norm1.norm", "norm2.norm")
 
 
 def swap_model(swaps: Swaps, function: Any, kind: type) -> None:

@@ -35,10 +35,7 @@ def swap(swaps: Swaps) -> None:
             swaps.processor(f"{where}.{name}", attend, kinds, "qk_norm_rope", "attention", norms=QK_NORMS)
         swaps.linears(where, "norm1", "norm2", "norm3")
         swaps.feed_forward(f"{where}.ff")
-        sites = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}
-        if swaps.forward(where, block, sites, kind=cosmos.CosmosTransformerBlock):
-            for name in ("norm1", "norm2", "norm3"):
-                swaps.serve("norm", f"{where}.{name}.norm", "modulated_norm")
+        swaps.block(where, block, cosmos.CosmosTransformerBlock, "norm1.norm", "norm2.norm", "norm3.norm")
     sites = {"timesteps of frames": ("modulated_norm", "gated_residual")}
     if isinstance(swaps.model, controlnet.CosmosControlNetModel):
         swaps.forward("", control_forward, sites, kind=controlnet.CosmosControlNetModel)

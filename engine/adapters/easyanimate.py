@@ -28,10 +28,7 @@ def swap(swaps: Swaps) -> None:
             if getattr(module, name) is not None:
                 swaps.feed_forward(f"{where}.{name}")
         norms = ("norm1.norm", "norm2.norm", *(["norm3"] if module.norm3 is not None else []))
-        sites = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}
-        if swaps.forward(where, block, sites, kind=easyanimate.EasyAnimateTransformerBlock, norms=norms):
-            for norm in norms:
-                swaps.serve("norm", f"{where}.{norm}", "modulated_norm")
+        swaps.block(where, block, easyanimate.EasyAnimateTransformerBlock, *norms)
     swaps.forward("rope_embedding", angles, {"table of angles": ("qk_norm_rope",)}, kind=easyanimate.EasyAnimateRotaryPosEmbed)
     sites, norms = {"last norms": ("modulated_norm", "final_layer")}, ("norm_final", "norm_out.norm")
     if swaps.forward("", forward, sites, kind=easyanimate.EasyAnimateTransformer3DModel, norms=norms):

@@ -21,7 +21,6 @@ from .swaps import ONCE, Processor, Swaps, takes_fp8
 
 DUAL = hunyuan.HunyuanVideoTransformerBlock, hunyuan.HunyuanVideoTokenReplaceTransformerBlock
 SINGLE = hunyuan.HunyuanVideoSingleTransformerBlock, hunyuan.HunyuanVideoTokenReplaceSingleTransformerBlock
-NORMS = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}
 MASKS = {"masks of texts": ("attention",)}
 QK_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
@@ -50,7 +49,7 @@ def swap_refiners(swaps: Swaps, attention: Callable, kind: type, block: type) ->
     for name, _ in list(swaps.named(block)):
         swaps.processor(f"{name}.attn", attention, AttnProcessor2_0)
         swaps.leave("gates", f"{name}.norm_out", ONCE)
-        swap_norms(swaps, name, refiner_block, block, "norm1", "norm2")
+        swaps.block(name, refiner_block, block, "norm1", "norm2")
 
 
 def swap_dual_blocks(swaps: Swaps, kind: type, processor: type) -> None:
@@ -60,7 +59,7 @@ def swap_dual_blocks(swaps: Swaps, kind: type, processor: type) -> None:
         swaps.linears(name, "norm1", "norm1_context")
         swaps.feed_forward(f"{name}.ff")
         swaps.feed_forward(f"{name}.ff_context")
-        swap_norms(swaps, name, dual_block, kind, "norm1.norm", "norm1_context.norm", "norm2", "norm2_context")
+        swaps.block(name, dual_block, kind, "norm1.norm", "norm1_context.norm", "norm2", "norm2_context")
 
 
 def swap_single_blocks(swaps: Swaps, kind: type) -> None:
@@ -68,14 +67,7 @@ def swap_single_blocks(swaps: Swaps, kind: type) -> None:
     for name, _ in list(swaps.named(kind)):
         swaps.processor(f"{name}.attn", attend, hunyuan.HunyuanVideoAttnProcessor2_0, "qk_norm_rope", "attention", norms=QK_NORMS)
         swaps.linears(name, "norm")
-        swap_norms(swaps, name, single_block, kind, "norm.norm")
-
-
-def swap_norms(swaps: Swaps, where: str, function: Callable, kind: type, *norms: str) -> None:
-    """Serve what a block does besides attention and products."""
-    if swaps.forward(where, function, NORMS, kind=kind):
-        for norm in norms:
-            swaps.serve("norm", f"{where}.{norm}", "modulated_norm")
+        swaps.block(name, single_block, kind, "norm.norm")
 
 
 def swap_model(swaps: Swaps, function: Callable, kind: type) -> None:

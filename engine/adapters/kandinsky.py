@@ -36,10 +36,7 @@ def swap(swaps: Swaps) -> None:
         (kandinsky.Kandinsky5TransformerDecoderBlock, visual_block),
     ):
         for where, module in list(swaps.named(kind)):
-            if swaps.forward(where, function, {"norms, modulation, gates": ("modulated_norm", "gated_residual")}, kind=kind):
-                for name, norm in module.named_children():
-                    if isinstance(norm, nn.LayerNorm):
-                        swaps.serve("norm", f"{where}.{name}", "modulated_norm")
+            swaps.block(where, function, kind, *(name for name, child in module.named_children() if isinstance(child, nn.LayerNorm)))
     if swaps.forward("out_layer", finish, {"modulation": ("final_layer",)}, kind=kandinsky.Kandinsky5OutLayer):
         swaps.last_layer("out_layer.norm", "out_layer.out_layer")
 

@@ -17,8 +17,6 @@ from .functions import masked_attention
 from .ltx2 import A_BLOCK_IS_NOT, Angles, Step, as_bias, parts
 from .swaps import Processor, Swaps, are_served, takes_fp8
 
-NORMS = ("norm1", "norm2")
-
 
 def swap(swaps: Swaps) -> None:
     """Serve an LTXVideoTransformer3DModel."""
@@ -37,12 +35,7 @@ def swap_block(swaps: Swaps, where: str) -> bool:
         swaps.processor(f"{where}.{name}", attend, ltx.LTXVideoAttnProcessor, "qk_norm_rope", "attention", norms=("norm_q", "norm_k"))
     swaps.linears(where)
     swaps.feed_forward(f"{where}.ff")
-    sites = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}
-    if swaps.forward(where, block, sites, kind=ltx.LTXVideoTransformerBlock, norms=NORMS):
-        for norm in NORMS:
-            swaps.serve("norm", f"{where}.{norm}", "modulated_norm")
-        return True
-    return False
+    return swaps.block(where, block, ltx.LTXVideoTransformerBlock, "norm1", "norm2")
 
 
 def attend(

@@ -77,12 +77,7 @@ def swap_block(swaps: Swaps, where: str) -> bool:
     swaps.linears(where)
     for of in STREAMS:
         swaps.feed_forward(f"{where}.{of}ff")
-    sites = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}
-    if swaps.forward(where, block, sites, kind=ltx2.LTX2VideoTransformerBlock):
-        for norm in NORMS:
-            swaps.serve("norm", f"{where}.{norm}", "modulated_norm")
-        return True
-    return False
+    return swaps.block(where, block, ltx2.LTX2VideoTransformerBlock, *NORMS)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- attention

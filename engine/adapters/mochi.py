@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from . import fp8, ops
 from .swaps import Processor, Swaps, takes_fp8
 
-NORMS = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}
 QK_NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
 
 
@@ -43,13 +42,11 @@ def swap(swaps: Swaps) -> None:
         for name in ("ff", "ff_context"):
             if getattr(module, name) is not None:
                 swaps.feed_forward(f"{where}.{name}")
-        served = swaps.forward(where, block, NORMS, kind=MochiTransformerBlock)
-        for name, norm in module.named_modules(prefix=where):
-            if isinstance(norm, MochiModulatedRMSNorm | RMSNorm):
-                if module.context_pre_only and ".norm4_context" in name:
-                    swaps.leave("norm", name, "the model does not call it")
-                elif served:
-                    swaps.serve("norm", name, "modulated_norm")
+        norms = [name for name, norm in module.named_modules() if isinstance(norm, MochiModulatedRMSNorm | RMSNorm)]
+        unread = [name for name in norms if module.context_pre_only and name.startswith("norm4_context")]
+        swaps.block(where, block, MochiTransformerBlock, *(name for name in norms if name not in unread))
+        for name in unread:
+            swaps.leave("norm", f"{where}.{name}", "the model does not call it")
     if swaps.forward("", forward, {"masks of texts": ("attention",)}, kind=MochiTransformer3DModel):
         swaps.last_layer("norm_out.norm", "proj_out")
 

@@ -39,9 +39,7 @@ def swap_block(swaps: Swaps, where: str) -> None:
         for op, name in (("attention", "attn"), ("attention", "cross_attn"), ("norm", "norm1"), ("norm", "norm2")):
             swaps.leave(op, f"{where}.{name}", reason, servable=True)
         return
-    if swaps.forward(where, block, {"norms, modulation, gates": ("modulated_norm", "gated_residual")}, "scale_shift_table"):
-        for name in ("norm1", "norm2"):
-            swaps.serve("norm", f"{where}.{name}", "modulated_norm")
+    if swaps.block(where, block, type(module), "norm1", "norm2"):
         for name in ("attn.q_norm", "attn.k_norm"):
             if not isinstance(module.get_submodule(name), nn.Identity):
                 swaps.serve("norm", f"{where}.{name}", "qk_norm_rope")

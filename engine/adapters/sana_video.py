@@ -34,10 +34,7 @@ def swap(swaps: Swaps) -> None:
         for name, _ in module.ff.named_children():
             if name.startswith("conv"):
                 swaps.leave("convolution", f"{where}.ff.{name}", CONVOLUTIONS)
-        sites = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}
-        if swaps.forward(where, block, sites, kind=sana.SanaVideoTransformerBlock):
-            for name in ("norm1", "norm2"):
-                swaps.serve("norm", f"{where}.{name}", "modulated_norm")
+        swaps.block(where, block, sana.SanaVideoTransformerBlock, "norm1", "norm2")
     sites = {"timesteps of tokens": ("modulated_norm", "gated_residual"), "masks of texts": ("attention",)}
     if swaps.forward("", forward, sites, kind=sana.SanaVideoTransformer3DModel):
         swaps.serve("norm", "norm_out", "final_layer")

@@ -18,6 +18,7 @@ from .report import Site
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 SERVED = "_tubelet_serves_this"
 """Set on modules whose forward was replaced, which hooks that wrap it later do not change."""
+BLOCK = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}
 ONCE = "computed once a step, on few tokens"
 
 
@@ -98,6 +99,18 @@ class Swaps:
             self.set(module, "forward", partial(function, module, swaps=self))
             self.set(module, SERVED, True)
         return reason is None
+
+    def block(self, where: str, function: Callable, kind: type, *norms: str) -> bool:
+        """Let function be the forward of a block, `kind` or of its forward, with its modulations, its gates and its norms of these names;
+        whether that could be done.
+        """
+        module = self.module(where)
+        norms = tuple(name for name in norms if not isinstance(module.get_submodule(name), nn.Identity))
+        served = self.forward(where, function, BLOCK, kind=kind, norms=norms)
+        reason = self.sites[-1].reason
+        for name in norms:
+            self.serve("norm", f"{where}.{name}", "modulated_norm") if served else self.leave("norm", f"{where}.{name}", reason)
+        return served
 
     def processor(
         self,

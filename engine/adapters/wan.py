@@ -60,15 +60,9 @@ def swap_attention(swaps: Swaps, where: str, kinds: tuple[type, ...]) -> None:
 
 def swap_block(swaps: Swaps, where: str, kind: type, function: Callable) -> bool:
     """Serve a block of Wan's parts whose class is `kind` and whose forward `function` computes; whether that could be done."""
-    module = swaps.module(where)
     swaps.linears(where)
     swaps.feed_forward(f"{where}.ffn")
-    if swaps.forward(where, function, {"norms, modulation, gates": ("modulated_norm", "gated_residual")}, kind=kind):
-        for norm in ("norm1", "norm2", "norm3"):
-            if not isinstance(getattr(module, norm), nn.Identity):
-                swaps.serve("norm", f"{where}.{norm}", "modulated_norm")
-        return True
-    return False
+    return swaps.block(where, function, kind, "norm1", "norm2", "norm3")
 
 
 def attend(
