@@ -135,16 +135,20 @@ def lengths_of_calls(monkeypatch) -> list[list[int] | None]:
 
 
 def assert_checkpoints_change_nothing(tiny: Tiny, case: str) -> None:
-    """The gradients of an accelerated model with gradient checkpointing are those of the untouched one."""
-    gradients = []
-    for ours in (False, True):
+    """The gradients of an accelerated model with gradient checkpointing, which calls ops again, are those of the untouched one."""
+    gradients, calls = [], []
+    for ours, checkpoints in ((False, False), (True, False), (True, True)):
         model = make(tiny).train()
         if ours:
             accelerate(model)
+        if checkpoints:
             model.enable_gradient_checkpointing()
+        reset_engaged()
         sum(out.square().sum() for out in run(model, tiny, tiny.inputs[case])).backward()
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]))
-    assert_same(gradients[1:], gradients[:1])
+        calls.append(sum(each.calls for implementations in engaged().values() for each in implementations.values()))
+    assert calls[0] == 0 < calls[1] < calls[2]
+    assert_same(gradients[1:], 2 * gradients[:1])
 
 
 class AdapterTests:

@@ -136,7 +136,7 @@ def norm_rope(
     """q and k (batch, tokens, channels) after the norms, turned by one table."""
     angles = angles_of(attn, rotary_emb)
     heads = attn.heads if angles is None else angles.cos.shape[2]  # halves are of the table's heads
-    cos, sin = (None, None) if angles is None else (table[0] if len(table) == 1 else table for table in angles)
+    cos, sin = (None, None) if angles is None else angles
     q, k = (x.unflatten(2, (heads, -1)) for x in (q, k))
     q, k = ops.norm_rope(
         q, k, q_norm=q_norm, k_norm=k_norm, cos=cos, sin=sin, across_heads=True, interleaved=attn.rope_type == "interleaved", swaps=swaps

@@ -67,9 +67,8 @@ def attend(
         words = fp8.rows(words, swaps)
     q, k, v = (to(hidden_states).unflatten(-1, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
     q2, k2, v2 = (to(words).unflatten(-1, (attn.heads, -1)) for to in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj))
-    cos, sin = image_rotary_emb or (None, None)
-    rows = None if cos is None or len(q) == 1 else ops.once(rows_of, *q.shape[:2], q.device)
-    q, k = ops.norm_rope(q, k, q_norm=attn.norm_q, k_norm=attn.norm_k, cos=cos, sin=sin, rows=rows, swaps=swaps)
+    cos, sin = (None, None) if image_rotary_emb is None else (table[None] for table in image_rotary_emb)
+    q, k = ops.norm_rope(q, k, q_norm=attn.norm_q, k_norm=attn.norm_k, cos=cos, sin=sin, swaps=swaps)
     q2, k2 = ops.norm_rope(q2, k2, q_norm=attn.norm_added_q, k_norm=attn.norm_added_k, swaps=swaps)
     q, k, v = (torch.cat(each, dim=1) for each in ((q, q2), (k, k2), (v, v2)))
     out = ops.attend(q, k, v, clip=ops.Clip(text=q2.shape[1]), lengths=text.lengths, swaps=swaps).flatten(2)
@@ -77,13 +76,6 @@ def attend(
     words = torch.where(text.there, words, 0)
     y = attn.to_out[1](attn.to_out[0](y))
     return y, attn.to_add_out(words) if hasattr(attn, "to_add_out") else words
-
-
-def rows_of(batch: int, tokens: int, device: torch.device) -> Tensor:
-    """The row of each token in tables that all entries share, said since these look like one for each if heads, tokens and entries are as
-    many.
-    """
-    return torch.arange(tokens, device=device, dtype=torch.int32).repeat(batch)
 
 
 def text_of(mask: Tensor) -> Text:

@@ -212,19 +212,16 @@ def norm_rope(
     of tokens too if nothing turns.
 
     q_norm, k_norm: RMSNorm or LayerNorm modules of any library (weight, bias, eps), over head_dim or across_heads; None or Identity for
-    none. cos, sin: (tokens that turn, pairs) float32, one number for each pair, or (batch, tokens, [heads,] pairs), or ([1,] tokens, heads,
-    pairs), or with rows int32 (batch * tokens,) of any number of rows. skip: how many tokens at the beginning and at the end of an entry do
-    not turn. interleaved, axes: as in `qk_norm_rope`.
+    none. cos, sin: (tokens that turn, pairs) float32, one number for each pair, or (1 or batch, tokens that turn, [heads,] pairs), or with
+    rows int32 (batch * tokens,) as in `qk_norm_rope`. skip: how many tokens at the beginning and at the end of an entry do not turn.
+    interleaved, axes: as in `qk_norm_rope`.
     """
     batch, tokens = q.shape[:2]
     if cos is not None and rows is None:
-        of_all = cos.dim() == 4 and len(cos) == 1
-        if of_all:  # else taken for one of each entry where there are as many heads, tokens and entries
-            cos, sin = cos[0], sin[0]
-        own = not of_all and cos.dim() > 2 and cos.shape[0] == batch and cos.shape[1] == tokens - sum(skip)  # a table for each entry
-        if own:
+        own = cos.dim() > 2 and len(cos) > 1
+        if cos.dim() > 2:
             cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
-        if batch > 1 or any(skip) or own:
+        if batch > 1 or any(skip):
             rows = once(_rotary_rows, batch, tokens, skip, own, q.device)
     (kind, q_weight, q_bias, eps), (_, k_weight, k_bias, _) = (_norm(norm) for norm in (q_norm, k_norm))
     q2, k2 = qk_norm_rope(
