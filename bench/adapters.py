@@ -123,8 +123,8 @@ def ltx2(draw, size, words, config):
 
 def cogvideox(draw, size, words, config):
     frames, height, width = size
-    tokens, pairs = frames * (height // 2) * (width // 2), config.attention_head_dim
-    angles = draw(tokens, pairs).float()
+    tokens, pairs = frames * (height // 2) * (width // 2), config.attention_head_dim // 2
+    angles = draw(tokens, pairs).float().repeat_interleave(2, dim=1)
     return {
         "hidden_states": draw(1, frames, config.in_channels, height, width),
         "encoder_hidden_states": _text(draw, words, config.text_embed_dim),

@@ -9,7 +9,7 @@ from tolerance import TOLERANCE, assert_close
 from tubelet.kernels import Capacity, Modulation, VideoLayout, gated_residual, modulated_norm, quantize_rows
 
 IMPLEMENTATIONS = ["torch"]
-SHAPES = [(1, 8, 1), (7, 33, 3), (20, 72, 4), (24, 72, 5), (5, 129, 8)]  # tokens, channels, rows of the table
+SHAPES = [(1, 8, 1), (7, 33, 3), (20, 72, 4), (24, 72, 5), (40, 33, 3), (5, 129, 8)]  # tokens, channels, rows of the table
 KINDS = ["layer", "rms"]
 
 
@@ -18,8 +18,10 @@ def randn(*shape, dtype=torch.float32, seed=0):
 
 
 def rows_of(tokens, rows, dtype=torch.int32):
-    """Out of order, and every row used where there are enough tokens; in stretches of six tokens, if these are whole, as of frames."""
-    stretch = 6 if tokens % 6 == 0 else 1
+    """Out of order, and every row used where there are enough tokens; in stretches of six, as of frames, if these are whole; of 40 tokens
+    in stretches of 17, 17 and 6.
+    """
+    stretch = 6 if tokens % 6 == 0 else 17 if tokens == 40 else 1
     return ((torch.arange(tokens) // stretch * 7 + 3) % rows).to(dtype)
 
 

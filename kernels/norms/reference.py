@@ -1,5 +1,6 @@
 """Modulated norms and gated residuals: the definition in float64, and plain torch."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,14 +41,12 @@ def modulated_norm_torch(x: torch.Tensor, norm: Modulation, rows: torch.Tensor |
         norm = norm._replace(shift=shift, scale=scale)
     y = norm_torch(x, norm.kind, norm.weight, norm.bias, norm.eps)
     y = y.to(dtype) if exact else y
-    (y,), (scale, shift) = _by_row(rows, [y], [None if norm.scale is None else 1 + norm.scale, norm.shift])
-    y = _multiply_add(y, scale, shift, exact).flatten(0, -2)
+    y = _with_rows(_multiply_add, rows, [y], [None if norm.scale is None else 1 + norm.scale, norm.shift], exact)
     return quantize_rows(y, implementation="torch") if fp8 else y.to(dtype)
 
 
 def gated_residual_torch(x, y, gate, rows, norm, tanh_gate=False, fp8=False, exact=False):
-    (x_, y), (gate,) = _by_row(None if gate is None else rows, [x, y], [gate.tanh() if tanh_gate else gate])
-    out = _multiply_add(y, gate, x_, exact).flatten(0, -2).to(x.dtype)
+    out = _with_rows(_add_product, None if gate is None else rows, [x, y], [gate.tanh() if tanh_gate else gate], exact).to(x.dtype)
     return out if norm is None else (out, modulated_norm_torch(out, norm, rows, fp8, exact))
 
 
@@ -59,16 +58,24 @@ def _multiply_add(x: torch.Tensor, factor: torch.Tensor | None, term: torch.Tens
     return x if term is None else x + term
 
 
-def _by_row(rows: torch.Tensor | None, tokens: list, tables: list) -> tuple[list, list]:
-    """Tensors (tokens, channels), and tables of which each token has a row, such that they broadcast. On a CPU, where looking at the index
-    costs nothing, rows that stretches of equal length share, such as frames, are not written out.
+def _add_product(x: torch.Tensor, y: torch.Tensor, factor: torch.Tensor | None, exact: bool) -> torch.Tensor:
+    return _multiply_add(y, factor, x, exact)
+
+
+def _with_rows(function: Callable, rows: torch.Tensor | None, tokens: list, tables: list, exact: bool) -> torch.Tensor:
+    """function of tensors (tokens, channels), of the row that each token has in tables, and `exact`. On a CPU, where looking at the index
+    costs nothing, a row that neighbours share, such as those of a frame, is not written out for each of them.
     """
     if rows is not None and rows.device.type == "cpu" and not watched((rows,)):
         values, counts = torch.unique_consecutive(rows, return_counts=True)
+        shared = [None if table is None else _Gather.apply(table, values)[:, None] for table in tables]
         if 0 < len(values) < len(rows) and bool((counts == counts[0]).all()):
-            tables = [None if table is None else _Gather.apply(table, values)[:, None] for table in tables]
-            return [x.unflatten(0, (len(values), -1)) for x in tokens], tables
-    return tokens, [None if table is None else _Gather.apply(table, rows) for table in tables]
+            return function(*(x.unflatten(0, (len(values), -1)) for x in tokens), *shared, exact).flatten(0, 1)
+        if 8 * len(values) < len(rows):
+            parts = [x.split(counts.tolist()) for x in tokens]
+            parts += [[None] * len(values) if table is None else table for table in shared]
+            return torch.cat([function(*part, exact) for part in zip(*parts, strict=True)])
+    return function(*tokens, *(None if table is None else _Gather.apply(table, rows) for table in tables), exact)
 
 
 class _Gather(torch.autograd.Function):
