@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from tubelet import kernels
 from tubelet.engine.adapters import accelerate, ops
+from tubelet.engine.adapters.swaps import Processor
 from tubelet.kernels import engaged, reset_engaged
 
 SAME = 1e-5
@@ -57,6 +58,17 @@ def run(model: torch.nn.Module, tiny: Tiny, inputs: dict[str, Any]) -> list[torc
     """What is compared of a forward pass."""
     out = tiny.outputs(model(**copy.copy(inputs), return_dict=False))
     return list(out) if isinstance(out, tuple | list) else [out]
+
+
+def outputs(model: torch.nn.Module, tiny: Tiny) -> list[torch.Tensor]:
+    """What is compared of a forward pass with each of the inputs."""
+    with torch.no_grad():
+        return [out for inputs in tiny.inputs.values() for out in run(model, tiny, inputs)]
+
+
+def with_processors(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """The attention modules whose processor is tubelet's, with their names."""
+    return [(where, module) for where, module in model.named_modules() if isinstance(getattr(module, "processor", None), Processor)]
 
 
 def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor], allowed: float = SAME) -> None:
@@ -134,23 +146,6 @@ def lengths_of_calls(monkeypatch) -> list[list[int] | None]:
     return found
 
 
-def assert_checkpoints_change_nothing(tiny: Tiny, case: str) -> None:
-    """The gradients of an accelerated model with gradient checkpointing, which calls ops again, are those of the untouched one."""
-    gradients, calls = [], []
-    for ours, checkpoints in ((False, False), (True, False), (True, True)):
-        model = make(tiny).train()
-        if ours:
-            accelerate(model)
-        if checkpoints:
-            model.enable_gradient_checkpointing()
-        reset_engaged()
-        sum(out.square().sum() for out in run(model, tiny, tiny.inputs[case])).backward()
-        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]))
-        calls.append(sum(each.calls for implementations in engaged().values() for each in implementations.values()))
-    assert calls[0] == 0 < calls[1] < calls[2]
-    assert_same(gradients[1:], 2 * gradients[:1])
-
-
 class AdapterTests:
     """The checks. `tiny` comes from the file's MODELS."""
 
@@ -199,6 +194,75 @@ class AdapterTests:
             compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
             for inputs, outs in zip(list(tiny.inputs.values())[:2], before, strict=True):  # the second with sizes that vary
                 assert_same(run(compiled, tiny, inputs), outs)
+
+    def test_one_timestep_for_a_batch(self, tiny: Tiny):
+        for inputs in tiny.inputs.values():
+            ones = {name: x[:1] for name, x in inputs.items() if "timestep" in name and isinstance(x, torch.Tensor) and x.shape == (2,)}
+            if ones:
+                break
+        else:
+            pytest.skip("no input has one timestep for each of two clips")
+        model = make(tiny)
+        with torch.no_grad():
+            try:
+                before = run(model, tiny, inputs | ones)
+            except RuntimeError:
+                pytest.skip("the untouched model wants one for each clip")
+            accelerate(model)
+            assert_same(run(model, tiny, inputs | ones), before)
+
+    def test_checkpoints(self, tiny: Tiny):
+        """Gradient checkpoints call ops again, and change no gradient."""
+        inputs, gradients, calls = next(iter(tiny.inputs.values())), [], []
+        if not getattr(make(tiny), "_supports_gradient_checkpointing", False):
+            pytest.skip("the untouched model has none")
+        for ours, checkpoints in ((False, False), (True, False), (True, True)):
+            model = make(tiny).train()
+            if ours:
+                accelerate(model)
+            if checkpoints:
+                model.enable_gradient_checkpointing()
+            reset_engaged()
+            sum(out.square().sum() for out in run(model, tiny, inputs)).backward()
+            gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]))
+            calls.append(sum(each.calls for implementations in engaged().values() for each in implementations.values()))
+        assert calls[0] == 0 < calls[1] < calls[2]
+        assert_same(gradients[1:], 2 * gradients[:1])
+
+    @pytest.mark.parametrize("precision", [None, "fp8"])
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_processors_of_others(self, tiny: Tiny, when: str, precision: str | None):
+        """Processors that are somebody's own are left alone, one for each kind of attention."""
+        model = make(tiny)
+        before = outputs(model, tiny)
+        accelerate(model)
+        served = {(type(module.processor.own), where.split(".")[-1]): where for where, module in with_processors(model)}
+        for where in served.values():
+            model = make(tiny)
+            module = model.get_submodule(where)
+            own = copy.copy(module.processor)
+            own.__class__ = type("Own", (type(own),), {})
+            if when == "before":
+                module.processor = own
+            report = accelerate(model, precision=precision)
+            assert {site.where for site in report.left if site.servable} >= ({where} if when == "before" else set())
+            module.processor = own
+            assert_same(outputs(model, tiny), before, 0.15 if precision else SAME)
+
+    def test_forwards_of_others(self, tiny: Tiny):
+        """A module whose forward is hidden already is left alone, one for each class of those that are served."""
+        model = make(tiny)
+        before = outputs(model, tiny)
+        accelerate(model)
+        served = {type(module): where for where, module in model.named_modules() if "forward" in vars(module)}
+        assert served
+        for where in served.values():
+            model = make(tiny)
+            module = model.get_submodule(where)
+            module.forward = module.forward
+            report = accelerate(model)
+            assert where in {site.where for site in report.left if site.servable}
+            assert_same(outputs(model, tiny), before)
 
     def test_offloading_of_single_layers(self, tiny: Tiny):
         """Weights that are elsewhere until their layer is called: what reads them is refused, and the rest is served."""

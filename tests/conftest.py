@@ -58,10 +58,15 @@ def right_conversions():
         yield
 
 
+ONE_OF_A_NAME = {"test_offloading_of_single_layers", "test_checkpoints", "test_processors_of_others", "test_forwards_of_others"}
+
+
 def pytest_generate_tests(metafunc):
     if "tiny" in metafunc.fixturenames:  # of `adapter_checks`
         models = metafunc.module.MODELS
-        # Of each family one is interpreted and offloaded, and two are compiled: these take their time.
-        most = {"test_interpreted": 1, "test_offloading_of_single_layers": 1, "test_compiled": 2}
-        models = dict(list(models.items())[: most.get(metafunc.function.__name__)])
+        # What takes its time is done with one model of a file, two where they are compiled, or with one of each name before a comma.
+        most = {"test_interpreted": 1, "test_compiled": 2}.get(metafunc.function.__name__)
+        models = dict(list(models.items())[:most])
+        if metafunc.function.__name__ in ONE_OF_A_NAME:
+            models = {name: models[name] for name in {name.split(",")[0]: name for name in reversed(models)}.values()}
         metafunc.parametrize("tiny", models.values(), ids=models)

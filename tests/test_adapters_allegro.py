@@ -5,20 +5,16 @@ import torch
 from adapter_checks import (
     AdapterTests,
     Tiny,
-    assert_checkpoints_change_nothing,
-    assert_same,
     lengths_of_calls,
     logged,
     look_from_outside,
     make,
     noise,
-    run,
 )
 from tubelet.engine.adapters import accelerate, ops
 
 diffusers = pytest.importorskip("diffusers")
 
-from diffusers.models.attention_processor import AllegroAttnProcessor2_0  # noqa: E402 (it may be missing)
 from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro  # noqa: E402
 
 OPS = frozenset({"attention", "qk_norm_rope", "modulated_norm", "gated_residual", "patch_embed", "final_layer"})
@@ -115,40 +111,3 @@ class TestMasks:
     def test_nothing_is_copied(self, monkeypatch):
         look_from_outside(monkeypatch, ops)
         assert not logged(MODELS["Allegro"], "texts with masks").copies(2 * 45 * 48)
-
-
-class TestOthers:
-    """What others put in the way of `accelerate`."""
-
-    def results(self, model: torch.nn.Module) -> list[torch.Tensor]:
-        with torch.no_grad():
-            return [each for inputs in MODELS["Allegro"].inputs.values() for each in run(model, MODELS["Allegro"], inputs)]
-
-    @pytest.mark.parametrize("where", ["transformer_blocks.0.attn1", "transformer_blocks.1.attn2"])
-    @pytest.mark.parametrize("when", ["before", "after"])
-    def test_processors(self, where, when):
-        class Own(AllegroAttnProcessor2_0):
-            """Of somebody who changed it."""
-
-        model = make(MODELS["Allegro"])
-        before = self.results(model)
-        if when == "before":
-            model.get_submodule(where).set_processor(Own())
-        report = accelerate(model)
-        assert {site.where for site in report.left if site.servable} == ({where} if when == "before" else set())
-        if when == "after":
-            model.get_submodule(where).set_processor(Own())
-        assert_same(self.results(model), before)
-
-    @pytest.mark.parametrize("where", ["", "transformer_blocks.1"])
-    def test_forwards(self, where):
-        model = make(MODELS["Allegro"])
-        before = self.results(model)
-        module = model.get_submodule(where)
-        module.forward = module.forward
-        report = accelerate(model)
-        assert {site.where for site in report.left if site.servable} == {where}
-        assert_same(self.results(model), before)
-
-    def test_checkpointing(self):
-        assert_checkpoints_change_nothing(MODELS["Allegro"], "texts with masks")

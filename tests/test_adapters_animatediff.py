@@ -10,7 +10,6 @@ from tubelet.engine.adapters import accelerate, ops
 
 diffusers = pytest.importorskip("diffusers")
 
-from diffusers.models.attention_processor import AttnProcessor2_0  # noqa: E402 (it may be missing)
 from diffusers.pipelines.free_noise_utils import AnimateDiffFreeNoiseMixin, SplitInferenceModule  # noqa: E402
 from tubelet.engine.adapters import animatediff  # noqa: E402
 
@@ -134,33 +133,6 @@ class TestOthers:
     """What others put in the way of `accelerate`."""
 
     motion = "down_blocks.0.motion_modules.0.transformer_blocks.0"
-
-    @pytest.mark.parametrize("when", ["before", "after"])
-    @pytest.mark.parametrize("name", ["attn1", "attn2"])
-    def test_processors(self, name, when):
-        class Own(AttnProcessor2_0):
-            """Of somebody who changed it."""
-
-        model = make(MODELS["AnimateDiff"])
-        before, where = seen(model), f"{self.motion}.{name}"
-        if when == "before":
-            model.get_submodule(where).set_processor(Own())
-        report = accelerate(model)
-        assert {site.where for site in report.left if site.servable} == ({where} if when == "before" else set())
-        if when == "after":
-            model.get_submodule(where).set_processor(Own())
-        assert_same(seen(model), before)
-
-    @pytest.mark.parametrize(
-        "where", [motion, "down_blocks.0.motion_modules.0", "down_blocks.0.resnets.0", "down_blocks.0.resnets.0.norm1"]
-    )
-    def test_forwards(self, where):
-        model = make(MODELS["AnimateDiff"])
-        before, module = seen(model), model.get_submodule(where)
-        module.forward = module.forward
-        report = accelerate(model)
-        assert {site.where for site in report.left if site.servable} == {where.removesuffix(".norm1")}
-        assert_same(seen(model), before)
 
     def test_fused_projections(self):
         model = make(MODELS["AnimateDiff"])

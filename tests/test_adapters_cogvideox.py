@@ -5,13 +5,13 @@ import torch
 from adapter_checks import (
     AdapterTests,
     Tiny,
-    assert_checkpoints_change_nothing,
     assert_same,
     lengths_of_calls,
     logged,
     look_from_outside,
     make,
     noise,
+    outputs,
     run,
 )
 from tubelet.engine.adapters import accelerate, ops
@@ -19,7 +19,6 @@ from tubelet.engine.adapters import accelerate, ops
 diffusers = pytest.importorskip("diffusers")
 
 from diffusers.hooks.hooks import HookRegistry, ModelHook  # noqa: E402 (it may be missing)
-from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0  # noqa: E402
 from diffusers.models.embeddings import get_3d_rotary_pos_embed  # noqa: E402
 from tubelet.engine.adapters import cogvideox  # noqa: E402
 
@@ -175,64 +174,23 @@ class TestLean:
         assert lengths == [SEEN.sum(dim=1).tolist()] * 4
 
 
-class Own(CogVideoXAttnProcessor2_0):
+class OwnLinear(torch.nn.Linear):
     """Of somebody who changed it."""
 
 
-class OwnLinear(torch.nn.Linear):
-    """Likewise."""
-
-
 @pytest.mark.parametrize("name", ["CogVideoX 5B", "ConsisID"])
-class TestOthers:
-    """What others put in the way of `accelerate`."""
+def test_hooks_that_are_added_later_see_video_and_text(name):
+    class Hook(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            found.append([each.shape[1] for each in args[:2]])
+            return args, kwargs
 
-    @pytest.mark.parametrize("precision", [None, "fp8"])
-    @pytest.mark.parametrize("when", ["before", "after"])
-    def test_processors(self, name, when, precision):
-        model = make(MODELS[name])
-        before = results(model, name)
-        report = accelerate(model, precision=precision) if when == "after" else None
-        model.transformer_blocks[0].attn1.set_processor(Own())
-        report = report or accelerate(model, precision=precision)
-        left = [site.where for site in report.left if site.servable]
-        assert left == (["transformer_blocks.0.attn1"] if when == "before" else [])
-        for ours, theirs in zip(results(model, name), before, strict=True):
-            assert_same(ours, theirs, 0.15 if precision else 1e-5)
-
-    @pytest.mark.parametrize("where", ["", "transformer_blocks.0", "transformer_blocks.0.norm2.norm", "norm_final", "norm_out.norm"])
-    def test_forwards(self, name, where):
-        model = make(MODELS[name])
-        before = results(model, name)
-        module = model.get_submodule(where)
-        module.forward = module.forward
-        report = accelerate(model)
-        owner = "transformer_blocks.0" if "blocks" in where else ""
-        assert {site.where for site in report.left if site.servable} == {owner}
-        for ours, theirs in zip(results(model, name), before, strict=True):
-            assert_same(ours, theirs)
-
-    def test_hooks_that_are_added_later_see_video_and_text(self, name):
-        class Hook(ModelHook):
-            def pre_forward(self, module, *args, **kwargs):
-                found.append([each.shape[1] for each in args[:2]])
-                return args, kwargs
-
-        model, found = make(MODELS[name]), []
-        before = results(model, name)
-        accelerate(model)
-        HookRegistry.check_if_exists_or_initialize(model.transformer_blocks[0]).register_hook(Hook(), "mine")
-        for ours, theirs in zip(results(model, name), before, strict=True):
-            assert_same(ours, theirs)
-        assert found[:2] == [[45, TEXT], [12, TEXT]]
-
-    def test_checkpointing(self, name):
-        assert_checkpoints_change_nothing(MODELS[name], "two clips, odd sizes")
-
-
-def results(model: torch.nn.Module, name: str) -> list[list[torch.Tensor]]:
-    with torch.no_grad():
-        return [run(model, MODELS[name], inputs) for inputs in MODELS[name].inputs.values()]
+    model, found = make(MODELS[name]), []
+    before = outputs(model, MODELS[name])
+    accelerate(model)
+    HookRegistry.check_if_exists_or_initialize(model.transformer_blocks[0]).register_hook(Hook(), "mine")
+    assert_same(outputs(model, MODELS[name]), before)
+    assert found[:2] == [[45, TEXT], [12, TEXT]]
 
 
 def test_projections_that_are_fused_later():

@@ -6,21 +6,13 @@ from adapter_checks import (
     AdapterTests,
     Ops,
     Tiny,
-    assert_checkpoints_change_nothing,
-    assert_same,
     lengths_of_calls,
     logged,
-    make,
     noise,
-    run,
 )
-from tubelet.engine.adapters import accelerate
 
 diffusers = pytest.importorskip("diffusers")
 
-from diffusers.models.attention_processor import AttnProcessor2_0  # noqa: E402 (it may be missing)
-from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0  # noqa: E402
-from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0  # noqa: E402
 
 OPS = frozenset({"attention", "qk_norm_rope", "modulated_norm", "gated_residual", "patch_embed", "final_layer"})
 SIZES = {
@@ -173,58 +165,3 @@ class TestPadding:
         log = self.log("HunyuanVideo-1.5", case)
         assert lengths[3:] == [text, joint, joint]
         assert not [shape for shape in log.shapes() if shape[-2:] in ((TEXT, TEXT), (38, 38), (59, 59))]
-
-
-class Own(HunyuanVideoAttnProcessor2_0):
-    """Of somebody who changed it."""
-
-
-class Own15(HunyuanVideo15AttnProcessor2_0):
-    """Likewise."""
-
-
-class OwnOfText(AttnProcessor2_0):
-    """Likewise."""
-
-
-class TestOthers:
-    """What others put in the way of `accelerate`."""
-
-    @pytest.mark.parametrize("name", ["HunyuanVideo", "HunyuanVideo-1.5"])
-    @pytest.mark.parametrize("when", ["before", "after"])
-    def test_processors(self, name, when):
-        def put():
-            model.transformer_blocks[0].attn.set_processor(Own15() if "1.5" in name else Own())
-            model.context_embedder.token_refiner.refiner_blocks[0].attn.set_processor(OwnOfText())
-            if "1.5" not in name:
-                model.single_transformer_blocks[1].attn.set_processor(Own())
-
-        model = make(MODELS[name])
-        before = self.results(model, name)
-        if when == "before":
-            put()
-        report = accelerate(model)
-        assert len([site for site in report.left if site.servable]) == (0 if when == "after" else 2 if "1.5" in name else 3)
-        if when == "after":
-            put()
-        for ours, theirs in zip(self.results(model, name), before, strict=True):
-            assert_same(ours, theirs)
-
-    @pytest.mark.parametrize("name", ["HunyuanVideo", "HunyuanVideo-1.5"])
-    @pytest.mark.parametrize("where", ["", "context_embedder.token_refiner", "transformer_blocks.0"])
-    def test_forwards(self, name, where):
-        model = make(MODELS[name])
-        before = self.results(model, name)
-        module = model.get_submodule(where)
-        module.forward = module.forward
-        report = accelerate(model)
-        assert {site.where for site in report.left if site.servable} == {where}
-        for ours, theirs in zip(self.results(model, name), before, strict=True):
-            assert_same(ours, theirs)
-
-    def test_checkpointing(self):
-        assert_checkpoints_change_nothing(MODELS["HunyuanVideo, an image as first frame, other norms"], "two clips")
-
-    def results(self, model: torch.nn.Module, name: str) -> list[list[torch.Tensor]]:
-        with torch.no_grad():
-            return [run(model, MODELS[name], inputs) for inputs in MODELS[name].inputs.values()]

@@ -5,20 +5,15 @@ import torch
 from adapter_checks import (
     AdapterTests,
     Tiny,
-    assert_checkpoints_change_nothing,
-    assert_same,
     lengths_of_calls,
     logged,
     look_from_outside,
-    make,
     noise,
-    run,
 )
-from tubelet.engine.adapters import accelerate, ops
+from tubelet.engine.adapters import ops
 
 diffusers = pytest.importorskip("diffusers")
 
-from diffusers.models.transformers import transformer_ltx as ltx  # noqa: E402 (it needs diffusers)
 
 OPS = frozenset({"attention", "qk_norm_rope", "modulated_norm", "gated_residual", "final_layer"})
 SIZES = {
@@ -173,41 +168,3 @@ class TestLean:
         tokens = MODELS["LTX-Video"].inputs[case]["hidden_states"].shape[1]
         copies = logged(MODELS["LTX-Video"], case).copies(2 * tokens * 32)
         assert not [shape for shape in copies if shape[1:] != (256,)]  # sines of timesteps
-
-
-class Own(ltx.LTXVideoAttnProcessor):
-    """Of somebody who changed it."""
-
-
-class TestOthers:
-    """What others put in the way of `accelerate`."""
-
-    @pytest.mark.parametrize("precision", [None, "fp8"])
-    @pytest.mark.parametrize("when", ["before", "after"])
-    @pytest.mark.parametrize("where", ["transformer_blocks.0.attn1", "transformer_blocks.1.attn2"])
-    def test_processors(self, where, when, precision):
-        model = make(MODELS["LTX-Video"])
-        before = self.results(model)
-        report = accelerate(model, precision=precision) if when == "after" else None
-        model.get_submodule(where).set_processor(Own())
-        report = report or accelerate(model, precision=precision)
-        assert {site.where for site in report.left if site.servable} == ({where} if when == "before" else set())
-        assert_same(self.results(model), before, 0.15 if precision else 1e-5)
-
-    @pytest.mark.parametrize("where", ["", "transformer_blocks.1"])
-    def test_forwards(self, where):
-        model = make(MODELS["LTX-Video"])
-        before = self.results(model)
-        module = model.get_submodule(where)
-        module.forward = module.forward
-        report = accelerate(model)
-        assert {site.where for site in report.left if site.servable} == {"", where}
-        assert_same(self.results(model), before)
-
-    @pytest.mark.parametrize("case", ["a known frame", "two clips, texts of different length"])
-    def test_checkpointing(self, case):
-        assert_checkpoints_change_nothing(MODELS["LTX-Video"], case)
-
-    def results(self, model: torch.nn.Module) -> list[torch.Tensor]:
-        with torch.no_grad():
-            return [each for inputs in MODELS["LTX-Video"].inputs.values() for each in run(model, MODELS["LTX-Video"], inputs)]

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from adapter_checks import AdapterTests, Tiny, assert_checkpoints_change_nothing, assert_same, lengths_of_calls, logged, make, noise, run
+from adapter_checks import AdapterTests, Tiny, assert_same, lengths_of_calls, logged, make, noise, run
 from tubelet.engine.adapters import accelerate, ops
 
 diffusers = pytest.importorskip("diffusers")
 
-from diffusers.models.transformers import transformer_sana_video as sana  # noqa: E402 (it may be missing)
 
 OPS = frozenset({"attention", "qk_norm_rope", "modulated_norm", "gated_residual", "patch_embed", "final_layer"})
 SIZES = {
@@ -120,47 +119,3 @@ class TestLean:
         shapes = [shape for shape in log.shapes() if shape[-1:] == (192,) or shape[-2:] == (6, 32)]
         assert not [shape for shape in shapes if shape[0] == 90 or shape[:2] == (2, 45)]
         assert (6, 192) in shapes
-
-
-class Own(sana.SanaAttnProcessor2_0):
-    """Of somebody who changed it."""
-
-
-class OwnLinear(sana.SanaLinearAttnProcessor3_0):
-    """Likewise."""
-
-
-class TestOthers:
-    """What others put in the way of `accelerate`."""
-
-    @pytest.mark.parametrize("precision", [None, "fp8"])
-    @pytest.mark.parametrize("when", ["before", "after"])
-    def test_processors(self, when, precision):
-        model = make(MODELS["SANA-Video"])
-        before = self.results(model, "SANA-Video")
-        report = accelerate(model, precision=precision) if when == "after" else None
-        model.transformer_blocks[0].attn1.set_processor(OwnLinear())
-        model.transformer_blocks[1].attn2.set_processor(Own())
-        report = report or accelerate(model, precision=precision)
-        assert len([site for site in report.left if site.servable]) == (2 if when == "before" else 0)
-        for ours, theirs in zip(self.results(model, "SANA-Video"), before, strict=True):
-            assert_same(ours, theirs, 0.15 if precision else 1e-5)
-
-    @pytest.mark.parametrize("name", ["SANA-Video", "SANA-Video, a timestep for each token"])
-    @pytest.mark.parametrize("where", ["", "transformer_blocks.0", "patch_embedding"])
-    def test_forwards(self, name, where):
-        model = make(MODELS[name])
-        before = self.results(model, name)
-        module = model.get_submodule(where)
-        module.forward = module.forward
-        report = accelerate(model)
-        assert {site.where for site in report.left if site.servable} == {where}
-        for ours, theirs in zip(self.results(model, name), before, strict=True):
-            assert_same(ours, theirs)
-
-    def test_checkpointing(self):
-        assert_checkpoints_change_nothing(MODELS["SANA-Video, a timestep for each token"], "a known frame")
-
-    def results(self, model: torch.nn.Module, name: str) -> list[list[torch.Tensor]]:
-        with torch.no_grad():
-            return [run(model, MODELS[name], inputs) for inputs in MODELS[name].inputs.values()]

@@ -258,10 +258,11 @@ def modulate(
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """norm(x) * (1 + scale) + shift of x (batch, tokens, channels), in x's dtype.
 
-    norm: the model's module, whose weight, bias and eps are read. shift, scale: (batch, channels), or (batch, n, channels) for n stretches
-    of equal length, such as frames; or with rows int32 (batch * tokens,), the row of each token, (n, channels). fp8: E4M3 and the scales of
-    its rows.
+    norm: the model's module, whose weight, bias and eps are read. shift, scale: (1 or batch, channels), or (1 or batch, n, channels) for n
+    stretches of equal length, such as frames; or with rows int32 (batch * tokens,), the row of each token, (n, channels). fp8: E4M3 and the
+    scales of its rows.
     """
+    shift, scale = _of_batch(x, rows, shift, scale)
     table = _modulation(norm, shift, scale)
     y = modulated_norm(
         x.flatten(0, 1), table.shift, table.scale, _rows(x, rows, shift, scale), kind=table.kind, weight=table.weight, bias=table.bias,
@@ -272,6 +273,7 @@ def modulate(
 
 def gate(x: Tensor, y: Tensor, gate: Tensor | None = None, *, swaps: "Swaps", tanh: bool = False, rows: Tensor | None = None) -> Tensor:
     """x + gate * y, (batch, tokens, channels); gate as shift and scale in `modulate`."""
+    (gate,) = _of_batch(x, rows, gate)
     out = gated_residual(
         x.flatten(0, 1), y.flatten(0, 1), _flat(gate), _rows(x, rows, gate), tanh_gate=tanh, implementation=swaps.implementation
     )
@@ -283,6 +285,7 @@ def gate_and_modulate(
     swaps: "Swaps", tanh: bool = False, fp8: bool = False, rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:  # fmt: skip
     """`gate`, and `modulate` of its result, in one pass."""
+    gate, shift, scale = _of_batch(x, rows, gate, shift, scale)
     given = [each for each in (gate, shift, scale) if each is not None]
     counts = {1 if each.dim() == 2 else each.shape[1] for each in given}
     if rows is None and len(counts) > 1:  # a gate for each clip beside a modulation for each frame
@@ -304,6 +307,7 @@ def project(
     """`modulate` and the model's last projection, in one op if that is a plain linear: (batch, tokens, its channels)."""
     if type(linear) is not nn.Linear or swaps.refusal(linear, "weight", "bias"):  # as `Swaps.last_layer` writes down
         return linear(modulate(x, norm, shift, scale, swaps=swaps, rows=rows))
+    shift, scale = _of_batch(x, rows, shift, scale)
     out = final_layer(
         x.flatten(0, 1), linear.weight, linear.bias, norm=_modulation(norm, shift, scale), rows=_rows(x, rows, shift, scale),
         implementation=swaps.implementation,
@@ -314,6 +318,11 @@ def project(
 def _modulation(norm: nn.Module, shift: Tensor | None, scale: Tensor | None) -> Modulation:
     kind, weight, bias, eps = _norm(norm)
     return Modulation(_flat(shift), _flat(scale), kind, weight, bias, eps)
+
+
+def _of_batch(x: Tensor, rows: Tensor | None, *tables: Tensor | None) -> list[Tensor | None]:
+    """Tables of a batch, also those of one timestep for all of its entries."""
+    return [table if table is None or rows is not None else table.expand(len(x), *table.shape[1:]) for table in tables]
 
 
 def _flat(table: Tensor | None) -> Tensor | None:
