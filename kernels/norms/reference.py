@@ -68,14 +68,19 @@ def _with_rows(function: Callable, rows: torch.Tensor | None, tokens: list, tabl
     """
     if rows is not None and rows.device.type == "cpu" and not watched((rows,)):
         values, counts = torch.unique_consecutive(rows, return_counts=True)
-        shared = [None if table is None else _Gather.apply(table, values)[:, None] for table in tables]
-        if 0 < len(values) < len(rows) and bool((counts == counts[0]).all()):
-            return function(*(x.unflatten(0, (len(values), -1)) for x in tokens), *shared, exact).flatten(0, 1)
-        if 8 * len(values) < len(rows):
-            parts = [x.split(counts.tolist()) for x in tokens]
-            parts += [[None] * len(values) if table is None else table for table in shared]
-            return torch.cat([function(*part, exact) for part in zip(*parts, strict=True)])
-    return function(*tokens, *(None if table is None else _Gather.apply(table, rows) for table in tables), exact)
+        if 2 * len(values) <= len(rows):
+            lengths, shared = counts.tolist(), [None if table is None else _gather(table, values)[:, None] for table in tables]
+            if len(set(lengths)) == 1:
+                return function(*(x.unflatten(0, (-1, lengths[0])) for x in tokens), *shared, exact).flatten(0, 1)
+            if 8 * len(values) < len(rows):
+                parts = [x.split(lengths) for x in tokens]
+                parts += [[None] * len(values) if table is None else table for table in shared]
+                return torch.cat([function(*part, exact) for part in zip(*parts, strict=True)])
+    return function(*tokens, *(None if table is None else _gather(table, rows) for table in tables), exact)
+
+
+def _gather(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return _Gather.apply(table, rows) if table.requires_grad and torch.is_grad_enabled() else table.index_select(0, rows)
 
 
 class _Gather(torch.autograd.Function):
