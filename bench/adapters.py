@@ -210,6 +210,15 @@ def sana_video(draw, size, words, config):
     }
 
 
+def animatediff(draw, size, words, config):
+    """With a text for each frame, as its pipelines give it."""
+    return {
+        "sample": draw(1, config.in_channels, *size),
+        "timestep": _step(draw, torch.int64),
+        "encoder_hidden_states": draw(size[0], words, config.cross_attention_dim),
+    }
+
+
 def easyanimate(draw, size, words, config):
     return {
         "hidden_states": draw(1, config.in_channels, *size),
@@ -388,6 +397,18 @@ FAMILIES = {
         SMALL_SIZE,
         sana_video,
         words=300,
+    ),
+    "AnimateDiff 16x512x512": Family(
+        "UNetMotionModel",
+        {"cross_attention_dim": 768},
+        {
+            "block_out_channels": (64, 128), "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"), "cross_attention_dim": 64, "layers_per_block": 1,
+        },
+        (16, 64, 64),
+        (8, 16, 16),
+        animatediff,
+        words=77,
     ),
 }  # fmt: skip
 
