@@ -211,6 +211,19 @@ class AdapterTests:
             accelerate(model)
             assert_same(run(model, tiny, inputs | ones), before)
 
+    def test_autocast(self, tiny: Tiny):
+        """In bfloat16, with weights in float32: hidden states are of the untouched model's dtype, and as near to float32."""
+        model, inputs = make(tiny), next(iter(tiny.inputs.values()))
+        with torch.no_grad():
+            exact = run(model, tiny, inputs)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                untouched = run(model, tiny, inputs)
+                accelerate(model)
+                ours = run(model, tiny, inputs)
+        for a, b, c in zip(ours, untouched, exact, strict=True):
+            assert a.dtype == b.dtype
+            assert (a - c).norm() <= 1.3 * (b - c).norm()
+
     def test_checkpoints(self, tiny: Tiny):
         """Gradient checkpoints call ops again, and change no gradient."""
         inputs, gradients, calls = next(iter(tiny.inputs.values())), [], []

@@ -58,14 +58,20 @@ def right_conversions():
         yield
 
 
-ONE_OF_A_NAME = {"test_offloading_of_single_layers", "test_checkpoints", "test_processors_of_others", "test_forwards_of_others"}
+ONE_OF_A_NAME = {
+    "test_autocast",
+    "test_checkpoints",
+    "test_forwards_of_others",
+    "test_offloading_of_single_layers",
+    "test_processors_of_others",
+}
 
 
 def pytest_generate_tests(metafunc):
     if "tiny" in metafunc.fixturenames:  # of `adapter_checks`
         models = metafunc.module.MODELS
-        # What takes its time is done with one model of a file, two where they are compiled, or with one of each name before a comma.
-        most = {"test_interpreted": 1, "test_compiled": 2}.get(metafunc.function.__name__)
+        # What takes its time is done with one model of a file, or with one of each name before a comma.
+        most = {"test_interpreted": 1, "test_compiled": 1}.get(metafunc.function.__name__)
         models = dict(list(models.items())[:most])
         if metafunc.function.__name__ in ONE_OF_A_NAME:
             models = {name: models[name] for name in {name.split(",")[0]: name for name in reversed(models)}.values()}

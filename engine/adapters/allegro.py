@@ -13,9 +13,9 @@ from diffusers.models.transformers.transformer_allegro import AllegroTransformer
 from torch import Tensor, nn
 
 from . import ops
-from .fp8 import Rows, serves
+from .fp8 import Rows, takes
 from .functions import masked_attention
-from .swaps import Processor, Swaps, takes_fp8
+from .swaps import PASSES_ON, Processor, Swaps, takes_fp8
 
 Axes = tuple[Tensor, Tensor, Tensor]
 Angles = tuple[tuple[tuple[Tensor, Tensor], ...], Axes] | tuple[Tensor, Tensor]
@@ -25,14 +25,18 @@ Angles = tuple[tuple[tuple[Tensor, Tensor], ...], Axes] | tuple[Tensor, Tensor]
 def swap(swaps: Swaps) -> None:
     """Serve an AllegroTransformer3DModel."""
     swaps.patches("pos_embed.proj")
+    served = []
     for where, _ in list(swaps.named(AllegroTransformerBlock)):
-        swaps.processor(f"{where}.attn1", attend, AllegroAttnProcessor2_0, "qk_norm_rope", "attention")
-        swaps.processor(f"{where}.attn2", attend, AllegroAttnProcessor2_0)
+        served.append(swaps.processor(f"{where}.attn1", attend, AllegroAttnProcessor2_0, "qk_norm_rope", "attention"))
+        served.append(swaps.processor(f"{where}.attn2", attend, AllegroAttnProcessor2_0))
         swaps.linears(where)
         swaps.feed_forward(f"{where}.ff")
         swaps.block(where, block, AllegroTransformerBlock, "norm1", "norm2")
         swaps.leave("norm", f"{where}.norm3", "the model does not call it")
-    if swaps.forward("", forward, {"masks, tables of angles": ("attention", "qk_norm_rope")}, kind=AllegroTransformer3DModel):
+    sites = {"masks, tables of angles": ("attention", "qk_norm_rope")}
+    if not all(served):
+        swaps.leave(*sites, "", PASSES_ON, servable=True)
+    elif swaps.forward("", forward, sites, kind=AllegroTransformer3DModel):
         swaps.last_layer("norm_out", "proj_out")
 
 
@@ -94,13 +98,14 @@ def block(
     swaps: Swaps,
 ) -> Tensor:
     """What AllegroTransformerBlock computes."""
-    x, attn, ff = hidden_states, module.attn1, module.ff
+    attn, ff = module.attn1, module.ff
     shift, scale, gate, shift2, scale2, gate2 = (module.scale_shift_table + temb.unflatten(-1, (6, -1))).unbind(1)
+    x = ops.promoted(hidden_states, gate)
     h = ops.modulate(x, module.norm1, shift, scale, fp8=takes_fp8(attn, attn.to_q, attn.to_k, attn.to_v), swaps=swaps)
     y = attn(h, encoder_hidden_states=None, attention_mask=attention_mask, image_rotary_emb=image_rotary_emb)
     x = ops.gate(x, y, gate, swaps=swaps)
     y = module.attn2(x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
-    x, h = ops.gate_and_modulate(x, y, None, module.norm2, shift2, scale2, fp8=serves(ff.net[0].proj), swaps=swaps)
+    x, h = ops.gate_and_modulate(x, y, None, module.norm2, shift2, scale2, fp8=takes(ff, ff.net[0].proj), swaps=swaps)
     return ops.gate(x, ff(h), gate2, swaps=swaps)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tubelet.kernels import Mask
 
 from . import generic, ops
-from .fp8 import Rows, serves
+from .fp8 import Rows, takes
 from .swaps import Processor, Swaps, are_served, takes_fp8
 
 
@@ -104,11 +104,12 @@ def block(
     shift = scale = gate = shift2 = scale2 = gate2 = None
     if single := module.norm_type == "ada_norm_single":
         shift, scale, gate, shift2, scale2, gate2 = (module.scale_shift_table + timestep.unflatten(-1, (6, -1))).unbind(1)
+        x = ops.promoted(x, gate)
     elif module.pos_embed is not None:
         frames = attention_mask[1].frames if whole else x.shape[1]
         shift = module.pos_embed.pe[:, :frames].expand(len(x), frames, -1)
     last, proj = module.norm2 if single else module.norm3, module.ff.net[0].proj
-    of_last = {"fp8": module._chunk_size is None and serves(proj), "swaps": swaps}
+    of_last = {"fp8": module._chunk_size is None and takes(module.ff, proj), "swaps": swaps}
     own = text if module.only_cross_attention else None
     h = ops.modulate(x, module.norm1, shift, scale, fp8=reads_fp8(module.attn1, attention_mask, own), swaps=swaps)
     y = module.attn1(h, encoder_hidden_states=own, attention_mask=attention_mask, **more)

@@ -19,7 +19,7 @@ from tubelet.kernels import patch_embed
 
 from . import ops
 from .cosmos import swap_patches
-from .fp8 import Rows, serves
+from .fp8 import Rows, takes
 from .functions import key_padding, masked_attention
 from .hunyuan_video import joined
 from .swaps import Processor, Swaps, takes_fp8
@@ -30,12 +30,12 @@ PROCESSORS = CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
 
 def swap(swaps: Swaps) -> None:
     """Serve a CogVideoXTransformer3DModel."""
-    swap_parts(swaps, cogvideox.CogVideoXBlock)
-    swap_model(swaps, forward, cogvideox.CogVideoXTransformer3DModel)
+    served = swap_parts(swaps, cogvideox.CogVideoXBlock)
+    swap_model(swaps, forward, cogvideox.CogVideoXTransformer3DModel, served)
 
 
-def swap_parts(swaps: Swaps, kind: type) -> None:
-    """Serve the patch embedding, and the blocks, whose class is `kind`."""
+def swap_parts(swaps: Swaps, kind: type) -> bool:
+    """Serve the patch embedding, and the blocks, whose class is `kind`; whether the forwards of all of these could be replaced."""
     embedding = swaps.module("patch_embed")
     if isinstance(embedding.proj, nn.Conv2d):
         swaps.patches("patch_embed.proj")
@@ -43,16 +43,18 @@ def swap_parts(swaps: Swaps, kind: type) -> None:
         swaps.leave("patch embedding", "patch_embed.proj", "positions are added to its patches, which no published model does")
     else:
         swap_patches(swaps, "patch_embed", "proj", embed, CogVideoXPatchEmbed)
+    served = []
     for where, _ in list(swaps.named(kind)):
         swaps.processor(f"{where}.attn1", attend, PROCESSORS, "qk_norm_rope", "attention", norms=("norm_q", "norm_k"))
         swaps.linears(where, "norm1", "norm2")
         swaps.feed_forward(f"{where}.ff")
-        swaps.block(where, block, kind, "norm1.norm", "norm2.norm")
+        served.append(swaps.block(where, block, kind, "norm1.norm", "norm2.norm"))
+    return all(served)
 
 
-def swap_model(swaps: Swaps, function: Any, kind: type) -> None:
-    """Serve what a model does around its blocks."""
-    if swaps.forward("", function, ONE_TENSOR, kind=kind, norms=("norm_final", "norm_out.norm")):
+def swap_model(swaps: Swaps, function: Any, kind: type, passes_on: bool) -> None:
+    """Serve what a model does around its blocks. passes_on: whether all of these are served."""
+    if swaps.forward("", function, ONE_TENSOR, kind=kind, norms=("norm_final", "norm_out.norm"), passes_on=passes_on):
         swaps.serve("norm", "norm_final", "modulated_norm")
         swaps.serve("norm", "norm_out", "final_layer")
         swaps.last_layer("norm_out.norm", "proj_out")
@@ -126,7 +128,7 @@ def block(
         y = attn(hidden_states=h, encoder_hidden_states=text, **more)
     else:
         y = torch.cat(attn(hidden_states=h[:, text:], encoder_hidden_states=h[:, :text], **more)[::-1], dim=1)
-    x, h = ops.gate_and_modulate(x, y, gate, module.norm2.norm, shift2, scale2, fp8=serves(module.ff.net[0].proj), **how)
+    x, h = ops.gate_and_modulate(x, y, gate, module.norm2.norm, shift2, scale2, fp8=takes(module.ff, module.ff.net[0].proj), **how)
     x = ops.gate(x, module.ff(h), gate2, **how)
     return (x[:, text:], x[:, :text]) if apart else (x, text)
 

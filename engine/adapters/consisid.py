@@ -21,7 +21,7 @@ from .swaps import Swaps
 
 def swap(swaps: Swaps) -> None:
     """Serve a ConsisIDTransformer3DModel."""
-    swap_parts(swaps, consisid.ConsisIDBlock)
+    served = swap_parts(swaps, consisid.ConsisIDBlock)
     for kind in (consisid.PerceiverCrossAttention, consisid.PerceiverAttention):
         for where, _ in list(swaps.named(kind)):
             if kind is consisid.PerceiverCrossAttention:
@@ -30,7 +30,7 @@ def swap(swaps: Swaps) -> None:
             if swaps.forward(where, attend_to_face, sites, kind=kind, norms=("norm1", "norm2")):
                 for norm in ("norm1", "norm2"):
                     swaps.serve("norm", f"{where}.{norm}", "modulated_norm")
-    swap_model(swaps, forward, consisid.ConsisIDTransformer3DModel)
+    swap_model(swaps, forward, consisid.ConsisIDTransformer3DModel, served)
 
 
 def attend_to_face(module: nn.Module, image_embeds: Tensor, hidden_states: Tensor, *, swaps: Swaps) -> Tensor:
@@ -40,6 +40,7 @@ def attend_to_face(module: nn.Module, image_embeds: Tensor, hidden_states: Tenso
     if isinstance(module, consisid.PerceiverAttention):
         face = torch.cat((face, x), dim=1)
     q, k, v = (y.unflatten(-1, (module.heads, -1)) for y in (module.to_q(x), *module.to_kv(face).chunk(2, dim=-1)))
+    k, v = (y.expand(len(q), -1, -1, -1) for y in (k, v))  # one face, also for two clips of a guided step
     return module.to_out(ops.attend(q, k, v, cross=True, swaps=swaps).flatten(2))
 
 

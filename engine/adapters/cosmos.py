@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tubelet.kernels import patch_embed
 
 from . import ops
-from .fp8 import Rows, serves
+from .fp8 import Rows, takes
 from .functions import masked_attention
 from .swaps import Swaps, are_served, takes_fp8
 
@@ -122,6 +122,7 @@ def block(
     if module.before_proj is not None:
         x = module.before_proj(x) + latents
     shift, scale, gate = modulation(module.norm1, embedded_timestep, temb).chunk(3, dim=-1)
+    x = ops.promoted(x, gate if extra_pos_emb is None else extra_pos_emb)
     how = {"fp8": reads_fp8(module.attn1, None), "swaps": swaps}
     if extra_pos_emb is None:
         h = ops.modulate(x, module.norm1.norm, shift, scale, **how)
@@ -132,7 +133,7 @@ def block(
     x, h = ops.gate_and_modulate(x, y, gate, module.norm2.norm, shift, scale, fp8=reads_fp8(module.attn2, context), swaps=swaps)
     y = module.attn2(h, encoder_hidden_states=context, attention_mask=attention_mask)
     shift, scale, gate3 = modulation(module.norm3, embedded_timestep, temb).chunk(3, dim=-1)
-    x, h = ops.gate_and_modulate(x, y, gate2, module.norm3.norm, shift, scale, fp8=serves(module.ff.net[0].proj), swaps=swaps)
+    x, h = ops.gate_and_modulate(x, y, gate2, module.norm3.norm, shift, scale, fp8=takes(module.ff, module.ff.net[0].proj), swaps=swaps)
     x = ops.gate(x, module.ff(h), gate3, swaps=swaps)
     if controlnet_residual is not None:
         x = x + controlnet_residual.to(x.dtype)

@@ -11,7 +11,7 @@ from diffusers.models.transformers import transformer_easyanimate as easyanimate
 from torch import Tensor, nn
 
 from . import ops
-from .fp8 import Rows, serves
+from .fp8 import Rows, takes
 from .functions import masked_attention
 from .swaps import Swaps, takes_fp8
 
@@ -84,8 +84,8 @@ def block(
     fp8 = dual and takes_fp8(attn, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
     c = ops.modulate(text, norm, c_shift, c_scale, fp8=fp8, **how)
     y, c = attn(hidden_states=h, encoder_hidden_states=c, image_rotary_emb=image_rotary_emb)
-    x, h = ops.gate_and_modulate(x, y, gate, norm2, shift2, scale2, fp8=serves(ff.net[0].proj), **how)
-    text, c = ops.gate_and_modulate(text, c, c_gate, norm2, c_shift2, c_scale2, fp8=serves(of_text.net[0].proj), **how)
+    x, h = ops.gate_and_modulate(x, y, gate, norm2, shift2, scale2, fp8=takes(ff, ff.net[0].proj), **how)
+    text, c = ops.gate_and_modulate(text, c, c_gate, norm2, c_shift2, c_scale2, fp8=takes(of_text, of_text.net[0].proj), **how)
     y, c = ff(h), of_text(c)
     if module.norm3 is not None:
         y, c = (ops.modulate(each, module.norm3, **how) for each in (y, c))

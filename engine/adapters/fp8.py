@@ -44,6 +44,12 @@ def serves(*linears: nn.Module) -> bool:
     return all(WEIGHT in getattr(linear, "_buffers", ()) for linear in linears)
 
 
+def takes(module: nn.Module, *linears: nn.Module) -> bool:
+    """Whether a module takes rows that are quantised already: these, which read them, do, and no hook, which would not, is in front."""
+    forward = vars(module).get("forward")
+    return serves(*linears) and (forward is None or "swaps" in getattr(forward, "keywords", ()))  # one of `Swaps.forward`
+
+
 def rows(x: Rows, swaps: "Swaps") -> tuple[Tensor, Tensor]:
     """Activations in E4M3, if they are not yet."""
     return x if isinstance(x, tuple) else quantize_rows(x, implementation=swaps.implementation)

@@ -11,7 +11,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from . import ops
-from .fp8 import Rows, serves
+from .fp8 import Rows, takes
 from .swaps import Swaps
 from .wan import A_BLOCK_IS_NOT, reads_fp8, swap_block, through
 
@@ -88,7 +88,7 @@ def block(
     y = module.attn2(h[:, history:] if history else h, encoder_hidden_states, None, None, original_context_length)
     if history:  # which the text says nothing to
         y = nn.functional.pad(y, (0, 0, history, 0))
-    x, h = ops.gate_and_modulate(x, y, None, module.norm3, shift2, scale2, fp8=serves(module.ffn.net[0].proj), **how)
+    x, h = ops.gate_and_modulate(x, y, None, module.norm3, shift2, scale2, fp8=takes(module.ffn, module.ffn.net[0].proj), **how)
     return ops.gate(x, module.ffn(h), gate2, **how)
 
 

@@ -16,7 +16,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from . import generic, ops
-from .fp8 import Rows, serves
+from .fp8 import Rows, takes
 from .swaps import ONCE, Processor, Swaps, takes_fp8
 
 DUAL = hunyuan.HunyuanVideoTransformerBlock, hunyuan.HunyuanVideoTokenReplaceTransformerBlock
@@ -44,12 +44,12 @@ def swap_blocks(swaps: Swaps) -> None:
 
 def swap_refiners(swaps: Swaps, attention: Callable, kind: type, block: type) -> None:
     """Serve refiners of texts, whose linears are of few tokens."""
-    for name, _ in list(swaps.named(kind)):
-        swaps.forward(name, refine, MASKS, kind=kind)
     for name, _ in list(swaps.named(block)):
         swaps.processor(f"{name}.attn", attention, AttnProcessor2_0)
         swaps.leave("gates", f"{name}.norm_out", ONCE)
         swaps.block(name, refiner_block, block, "norm1", "norm2")
+    for name, module in list(swaps.named(kind)):
+        swaps.forward(name, refine, MASKS, kind=kind, passes_on=are_ours(module.refiner_blocks))
 
 
 def swap_dual_blocks(swaps: Swaps, kind: type, processor: type) -> None:
@@ -72,7 +72,8 @@ def swap_single_blocks(swaps: Swaps, kind: type) -> None:
 
 def swap_model(swaps: Swaps, function: Callable, kind: type) -> None:
     """Serve what a model does around its blocks."""
-    if swaps.forward("", function, MASKS, kind=kind):
+    blocks = *swaps.model.transformer_blocks, *getattr(swaps.model, "single_transformer_blocks", ())
+    if swaps.forward("", function, MASKS, kind=kind, passes_on=are_ours(blocks)):
         swaps.last_layer("norm_out.norm", "proj_out")
 
 
@@ -193,8 +194,8 @@ def dual_block(
     fp8 = takes_fp8(attn, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
     c = ops.modulate(text, module.norm1_context.norm, c_shift, c_scale, fp8=fp8, **of_text)
     y, c = attn(hidden_states=h, encoder_hidden_states=c, attention_mask=attention_mask, image_rotary_emb=freqs_cis)
-    x, h = ops.gate_and_modulate(x, y, gate, module.norm2, shift2, scale2, fp8=serves(module.ff.net[0].proj), **of_video)
-    fp8 = serves(module.ff_context.net[0].proj)
+    x, h = ops.gate_and_modulate(x, y, gate, module.norm2, shift2, scale2, fp8=takes(module.ff, module.ff.net[0].proj), **of_video)
+    fp8 = takes(module.ff_context, module.ff_context.net[0].proj)
     text, c = ops.gate_and_modulate(text, c, c_gate, module.norm2_context, c_shift2, c_scale2, fp8=fp8, **of_text)
     return ops.gate(x, module.ff(h), gate2, **of_video), ops.gate(text, module.ff_context(c), c_gate2, **of_text)
 

@@ -12,7 +12,7 @@ from tubelet.kernels import gelu_quantize_rows, patch_embed
 
 from . import ops
 from .cosmos import swap_patches
-from .fp8 import Rows, serves
+from .fp8 import Rows, serves, takes
 from .swaps import Swaps, takes_fp8
 
 SPARSE = "with `sparse_params` each layer chooses its blocks of pairs by their scores (NABLA), which is flex attention's"
@@ -109,7 +109,7 @@ def visual_block(
     fp8 = takes_fp8(cross, cross.to_query)
     x, h = ops.gate_and_modulate(x, y, gate, module.cross_attention_norm, shift2, scale2, fp8=fp8, swaps=swaps)
     y = cross(h, encoder_hidden_states=text_embed)
-    fp8 = serves(module.feed_forward.in_layer)
+    fp8 = takes(module.feed_forward, module.feed_forward.in_layer)
     x, h = ops.gate_and_modulate(x, y, gate2, module.feed_forward_norm, shift3, scale3, fp8=fp8, swaps=swaps)
     return ops.gate(x, module.feed_forward(h), gate3, swaps=swaps)
 

@@ -12,10 +12,10 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from . import ops
-from .fp8 import Rows, serves
+from .fp8 import Rows, takes
 from .functions import masked_attention
-from .ltx2 import A_BLOCK_IS_NOT, Angles, Step, as_bias, parts
-from .swaps import Processor, Swaps, are_served, takes_fp8
+from .ltx2 import Angles, Step, as_bias, parts
+from .swaps import PASSES_ON, Processor, Swaps, are_served, takes_fp8
 
 
 def swap(swaps: Swaps) -> None:
@@ -24,18 +24,18 @@ def swap(swaps: Swaps) -> None:
     sites = {"timesteps of tokens": ("modulated_norm", "gated_residual"), "masks of texts": ("attention",)}
     if not all(blocks):
         for site in sites:
-            swaps.leave(site, "", A_BLOCK_IS_NOT, servable=True)
+            swaps.leave(site, "", PASSES_ON, servable=True)
     elif swaps.forward("", forward, sites, kind=ltx.LTXVideoTransformer3DModel):
         swaps.last_layer("norm_out", "proj_out")
 
 
 def swap_block(swaps: Swaps, where: str) -> bool:
-    """Serve a block; whether its forward could be replaced."""
-    for name in ("attn1", "attn2"):
-        swaps.processor(f"{where}.{name}", attend, ltx.LTXVideoAttnProcessor, "qk_norm_rope", "attention", norms=("norm_q", "norm_k"))
+    """Serve a block; whether its forward and its attention could be replaced."""
+    how = attend, ltx.LTXVideoAttnProcessor, "qk_norm_rope", "attention"
+    served = [swaps.processor(f"{where}.{name}", *how, norms=("norm_q", "norm_k")) for name in ("attn1", "attn2")]
     swaps.linears(where)
     swaps.feed_forward(f"{where}.ff")
-    return swaps.block(where, block, ltx.LTXVideoTransformerBlock, "norm1", "norm2")
+    return swaps.block(where, block, ltx.LTXVideoTransformerBlock, "norm1", "norm2") and all(served)
 
 
 def attend(
@@ -86,12 +86,12 @@ def block(
     """What LTXVideoTransformerBlock computes."""
     x, attn, ff = hidden_states, module.attn1, module.ff
     (shift, scale, gate, shift2, scale2, gate2), rows = parts(module.scale_shift_table, temb)
-    how = {"rows": rows, "swaps": swaps}
+    how, x = {"rows": rows, "swaps": swaps}, ops.promoted(x, gate)
     h = ops.modulate(x, module.norm1, shift, scale, fp8=takes_fp8(attn, attn.to_q, attn.to_k, attn.to_v), **how)
     y = attn(hidden_states=h, encoder_hidden_states=None, image_rotary_emb=image_rotary_emb)
     x = ops.gate(x, y, gate, **how)
     y = module.attn2(x, encoder_hidden_states=encoder_hidden_states, image_rotary_emb=None, attention_mask=encoder_attention_mask)
-    x, h = ops.gate_and_modulate(x, y, None, module.norm2, shift2, scale2, fp8=serves(ff.net[0].proj), **how)
+    x, h = ops.gate_and_modulate(x, y, None, module.norm2, shift2, scale2, fp8=takes(ff, ff.net[0].proj), **how)
     return ops.gate(x, ff(h), gate2, **how)
 
 

@@ -13,16 +13,15 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 
 from . import ops
-from .fp8 import Rows, serves
+from .fp8 import Rows, takes
 from .functions import masked_attention
-from .swaps import Processor, Swaps, are_served, takes_fp8
+from .swaps import PASSES_ON, Processor, Swaps, are_served, takes_fp8
 
 STREAMS = ("", "audio_")
 """How names begin in a module that has parts of the video and parts of the sound."""
 ATTENTION = ("attn1", "attn2", "audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
 NORMS = ("norm1", "norm2", "norm3", "audio_norm1", "audio_norm2", "audio_norm3", "audio_to_video_norm", "video_to_audio_norm")
 PROCESSORS = ltx2.LTX2AudioVideoAttnProcessor, ltx2.LTX2PerturbedAttnProcessor
-A_BLOCK_IS_NOT = "a block is not served, and would not know a table of rows"
 OF_PAIRS = "video_self_attention_mask, in calls that give it: torch's SDPA"
 OF_HEADS = "a number for each head of each token"
 PERTURBED = "values in the place of attention, by torch's lerp where a mask says which entries"
@@ -55,7 +54,7 @@ def swap(swaps: Swaps) -> None:
     sites = {"timesteps of tokens": ("modulated_norm", "gated_residual"), "masks of texts": ("attention",)}
     if not all(blocks):
         for site in sites:
-            swaps.leave(site, "", A_BLOCK_IS_NOT, servable=True)
+            swaps.leave(site, "", PASSES_ON, servable=True)
     elif swaps.forward("", forward, sites, kind=ltx2.LTX2VideoTransformer3DModel):
         for of in STREAMS:
             swaps.last_layer(f"{of}norm_out", f"{of}proj_out")
@@ -63,11 +62,11 @@ def swap(swaps: Swaps) -> None:
 
 
 def swap_block(swaps: Swaps, where: str) -> bool:
-    """Serve a block; whether its forward could be replaced."""
-    module = swaps.module(where)
+    """Serve a block; whether its forward and its attention could be replaced."""
+    module, served = swaps.module(where), []
     for name in ATTENTION:
         at = f"{where}.{name}"
-        swaps.processor(at, attend, PROCESSORS, "qk_norm_rope", "attention", norms=("norm_q", "norm_k"))
+        served.append(swaps.processor(at, attend, PROCESSORS, "qk_norm_rope", "attention", norms=("norm_q", "norm_k")))
         if swaps.module(at).to_gate_logits is not None:
             swaps.leave("gates of heads", at, OF_HEADS)
         if module.perturbed_attn and name.endswith("attn1"):
@@ -77,7 +76,7 @@ def swap_block(swaps: Swaps, where: str) -> bool:
     swaps.linears(where)
     for of in STREAMS:
         swaps.feed_forward(f"{where}.{of}ff")
-    return swaps.block(where, block, ltx2.LTX2VideoTransformerBlock, *NORMS)
+    return swaps.block(where, block, ltx2.LTX2VideoTransformerBlock, *NORMS) and all(served)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- attention
@@ -247,7 +246,7 @@ def through_text(
     attn, attn2, norm, norm2 = (getattr(module, of + name) for name in ("attn1", "attn2", "norm1", "norm2"))
     (shift, scale, gate, shift2, scale2, gate2, *of_text), rows = parts(getattr(module, f"{of}scale_shift_table"), temb)
     text_shift, text_scale, text_gate = of_text or (None, None, None)
-    how = {"rows": rows, "swaps": swaps}
+    how, x = {"rows": rows, "swaps": swaps}, ops.promoted(x, gate)
     h = ops.modulate(x, norm, shift, scale, fp8=takes_fp8(attn, *queries(attn), attn.to_k, attn.to_v), **how)
     y = attn(h, **more)
     x, h = ops.gate_and_modulate(x, y, gate, norm2, text_shift, text_scale, fp8=takes_fp8(attn2, *queries(attn2)), **how)
@@ -269,7 +268,7 @@ def for_each_other(
 def through_ff(module: nn.Module, of: str, stream: Stream, mlp: tuple[Tensor | None, ...], swaps: Swaps) -> Tensor:
     """A stream's feed-forward."""
     (shift, scale, gate, rows), ff = mlp, getattr(module, f"{of}ff")
-    x, h = add(stream, getattr(module, f"{of}norm3"), shift, scale, rows, serves(ff.net[0].proj), swaps)
+    x, h = add(stream, getattr(module, f"{of}norm3"), shift, scale, rows, takes(ff, ff.net[0].proj), swaps)
     return ops.gate(x, ff(h), gate, rows=rows, swaps=swaps)
 
 

@@ -36,8 +36,9 @@ class Text(NamedTuple):
 def swap(swaps: Swaps) -> None:
     """Serve a MochiTransformer3DModel."""
     swaps.patches("patch_embed.proj")
+    served = []
     for where, module in list(swaps.named(MochiTransformerBlock)):
-        swaps.processor(f"{where}.attn1", attend, MochiAttnProcessor2_0, "qk_norm_rope", "attention", norms=QK_NORMS)
+        served.append(swaps.processor(f"{where}.attn1", attend, MochiAttnProcessor2_0, "qk_norm_rope", "attention", norms=QK_NORMS))
         swaps.linears(where, "norm1", "norm1_context")
         for name in ("ff", "ff_context"):
             if getattr(module, name) is not None:
@@ -47,7 +48,7 @@ def swap(swaps: Swaps) -> None:
         swaps.block(where, block, MochiTransformerBlock, *(name for name in norms if name not in unread))
         for name in unread:
             swaps.leave("norm", f"{where}.{name}", "the model does not call it")
-    if swaps.forward("", forward, {"masks of texts": ("attention",)}, kind=MochiTransformer3DModel):
+    if swaps.forward("", forward, {"masks of texts": ("attention",)}, kind=MochiTransformer3DModel, passes_on=all(served)):
         swaps.last_layer("norm_out.norm", "proj_out")
 
 
@@ -117,7 +118,7 @@ def rest(
 ) -> Tensor:  # fmt: skip
     """What a block does with one stream, x, after attention, which gave y for it."""
     y = ops.modulate(y, norm2, swaps=swaps)
-    x, h = ops.gate_and_modulate(x, y, gate, norm3, None, scale, tanh=True, fp8=fp8.serves(ff.net[0].proj), swaps=swaps)
+    x, h = ops.gate_and_modulate(x, y, gate, norm3, None, scale, tanh=True, fp8=fp8.takes(ff, ff.net[0].proj), swaps=swaps)
     return ops.gate(x, ops.modulate(ff(h), norm4, swaps=swaps), gate2, tanh=True, swaps=swaps)
 
 

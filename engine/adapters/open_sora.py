@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tubelet.kernels import Full, Spatial, Temporal, VideoLayout, attention
 
 from . import ops
-from .fp8 import Rows, serves
+from .fp8 import Rows, takes
 from .swaps import Swaps
 
 ARGUMENTS = ("self", "x", "y", "t", "mask", "x_mask", "t0", "T", "S")
@@ -129,10 +129,11 @@ def block(
     if x_mask is not None:
         step = torch.where(x_mask[:, :, None, None], step[:, None], t0.unflatten(-1, (6, -1))[:, None])
     shift, scale, gate, shift2, scale2, gate2 = (module.scale_shift_table + step).unbind(-2)
-    h = ops.modulate(x, module.norm1, shift, scale, fp8=serves(module.attn.qkv), swaps=swaps)
+    x = ops.promoted(x, gate)
+    h = ops.modulate(x, module.norm1, shift, scale, fp8=takes(module.attn, module.attn.qkv), swaps=swaps)
     x = ops.gate(x, attend(module.attn, h, frames, module.temporal, swaps=swaps), gate, swaps=swaps)
     h = attend_to_text(module.cross_attn, x, y, mask, swaps=swaps)
-    x, h = ops.gate_and_modulate(x, h, None, module.norm2, shift2, scale2, fp8=serves(module.mlp.fc1), swaps=swaps)
+    x, h = ops.gate_and_modulate(x, h, None, module.norm2, shift2, scale2, fp8=takes(module.mlp, module.mlp.fc1), swaps=swaps)
     return ops.gate(x, module.mlp(h), gate2, swaps=swaps)
 
 

@@ -217,6 +217,8 @@ def norm_rope(
     interleaved, axes: as in `qk_norm_rope`.
     """
     batch, tokens = q.shape[:2]
+    if cos is not None:  # FSDP2 may have cast what goes into a block
+        cos, sin = cos.float(), sin.float()
     if cos is not None and rows is None:
         own = cos.dim() > 2 and len(cos) > 1
         if cos.dim() > 2:
@@ -250,6 +252,11 @@ def _rotary_rows(batch: int, tokens: int, skip: tuple[int, int], own: bool, devi
 
 
 # ------------------------------------------------------------------------------------------------------------------ norms, modulation
+
+
+def promoted(x: Tensor, other: Tensor) -> Tensor:
+    """x in the dtype of a sum with what comes of another: under autocast that of a gate of tables in float32."""
+    return x.to(torch.promote_types(x.dtype, other.dtype))
 
 
 def modulate(
@@ -428,7 +435,8 @@ def half_tables(function: Callable) -> Callable:
         capturing = cos.is_cuda and torch.cuda.is_current_stream_capturing()
         key = cos, sin, cos._version if not cos.is_inference() else None, capturing
         if last[0] is None or any(a is not b for a, b in zip(last[0][:2], key[:2], strict=True)) or last[0][2:] != key[2:]:
-            last[:] = key, function(cos, sin)
+            with torch.inference_mode(cos.is_inference()):  # what is made of others may be asked for again by a backward pass
+                last[:] = key, function(cos, sin)
         return last[1]
 
     return remembering

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .fp8 import Rows
-from .swaps import Processor, Swaps, are_served, takes_fp8
+from .swaps import PASSES_ON, Processor, Swaps, are_served, takes_fp8
 
 LINEAR = "sums over the keys without a softmax: two products of the library"
 CONVOLUTIONS = "the library's: the feed-forward is of convolutions, over frames and over their sites"
@@ -25,17 +25,22 @@ Step = Tensor | tuple[Tensor, Tensor]
 def swap(swaps: Swaps) -> None:
     """Serve a SanaVideoTransformer3DModel."""
     swaps.patches("patch_embedding")
+    served = []
     for where, module in list(swaps.named(sana.SanaVideoTransformerBlock)):
         norms = ("norm_q", "norm_k")
         swaps.processor(f"{where}.attn1", attend_linearly, sana.SanaLinearAttnProcessor3_0, "qk_norm_rope", norms=norms)
-        swaps.processor(f"{where}.attn2", attend, sana.SanaAttnProcessor2_0, "qk_norm_rope", "attention", norms=norms)
+        served.append(swaps.processor(f"{where}.attn2", attend, sana.SanaAttnProcessor2_0, "qk_norm_rope", "attention", norms=norms))
         swaps.leave("linear attention", f"{where}.attn1", LINEAR)
         swaps.linears(where)
         for name, _ in module.ff.named_children():
             if name.startswith("conv"):
                 swaps.leave("convolution", f"{where}.ff.{name}", CONVOLUTIONS)
         swaps.block(where, block, sana.SanaVideoTransformerBlock, "norm1", "norm2")
-    sites = {"timesteps of tokens": ("modulated_norm", "gated_residual"), "masks of texts": ("attention",)}
+    sites = {"timesteps of tokens": ("modulated_norm", "gated_residual")}
+    if all(served):
+        sites["masks of texts"] = ("attention",)
+    else:
+        swaps.leave("masks of texts", "", PASSES_ON, servable=True)
     if swaps.forward("", forward, sites, kind=sana.SanaVideoTransformer3DModel):
         swaps.serve("norm", "norm_out", "final_layer")
         swaps.last_layer("norm_out.norm", "proj_out")
@@ -110,6 +115,7 @@ def block(
     x, attn, (step, rows) = hidden_states, module.attn1, timestep if isinstance(timestep, tuple) else (timestep, None)
     how = {"swaps": swaps, "rows": rows}
     shift, scale, gate, shift2, scale2, gate2 = (module.scale_shift_table + step.unflatten(-1, (6, -1))).unbind(-2)
+    x = ops.promoted(x, gate)
     fp8 = takes_fp8(attn, attn.to_q, attn.to_k, attn.to_v)
     h = ops.modulate(x, module.norm1, shift, scale, fp8=fp8, **how)
     x = ops.gate(x, attn(h, rotary_emb=rotary_emb), gate, **how)

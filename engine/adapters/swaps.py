@@ -7,6 +7,7 @@ hooks of offloading or caching for instance, is left alone, since these hooks ho
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from .report import Site
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 SERVED = "_tubelet_serves_this"
-"""Set on modules whose forward was replaced, which hooks that wrap it later do not change."""
+"""Set on modules whose forward was replaced, which hooks that wrap it later do not change; a method that replaces it is no such hook."""
 BLOCK = {"norms, modulation, gates": ("modulated_norm", "gated_residual")}
+PASSES_ON = "a block, or its attention, is not served"
 ONCE = "computed once a step, on few tokens"
 
 
@@ -81,11 +83,13 @@ class Swaps:
         *weights: str,
         kind: type | None = None,
         norms: tuple[str, ...] = (),
+        passes_on: bool = True,
     ) -> bool:
         """Let function(module, *args, swaps=self, **kwargs) be the forward of a module; whether that could be done.
 
         sites: the sites in it that are served then, op -> ops of `tubelet.kernels`. weights: what the function reads of the module by
-        itself. kind: the class that the function was written for. norms: names of norms in it whose weights the function reads.
+        itself. kind: the class that the function was written for. norms: names of norms in it whose weights the function reads. passes_on:
+        whether all modules that these sites are passed on to are served; else the function does without.
         """
         module = self.module(where)
         reason = self.refusal(module, *weights)
@@ -94,7 +98,8 @@ class Swaps:
         if reason is None and kind is not None and type(module).forward is not kind.forward:  # FSDP2's classes have that of theirs
             reason = f"{type(module).__name__} has not the forward of {kind.__name__}"
         for op, served_by in sites.items():
-            self.leave(op, where, reason, servable=True) if reason else self.serve(op, where, *served_by)
+            why = reason or (None if passes_on else PASSES_ON)
+            self.leave(op, where, why, servable=True) if why else self.serve(op, where, *served_by)
         if reason is None:
             self.set(module, "forward", partial(function, module, swaps=self))
             self.set(module, SERVED, True)
@@ -200,12 +205,12 @@ class Swaps:
 
 def are_served(modules: Iterable[nn.Module]) -> bool:
     """Whether the forward of all of these is tubelet's, so that they take what the library's would not."""
-    return all(getattr(module, SERVED, False) for module in modules)
+    return all(getattr(module, SERVED, False) and not isinstance(vars(module).get("forward"), MethodType) for module in modules)
 
 
 def takes_fp8(attn: nn.Module, *linears: nn.Module) -> bool:
     """Whether an attention module takes E4M3: its processor is tubelet's, and all `linears` that read its input take them."""
-    return isinstance(attn.processor, Processor) and fp8.serves(*linears)
+    return isinstance(attn.processor, Processor) and fp8.takes(attn, *linears)
 
 
 def _kind(module: nn.Module) -> type:

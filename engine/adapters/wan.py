@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tubelet.kernels import Mask
 
 from . import ops
-from .fp8 import Rows, serves
+from .fp8 import Rows, takes
 from .functions import masked_attention
 from .swaps import Swaps, takes_fp8
 
@@ -133,7 +133,7 @@ def block(
     else:
         x, h = ops.gate_and_modulate(x, y, gate, module.norm2, fp8=reads_fp8(module.attn2), **how)
     y = module.attn2(h, encoder_hidden_states, None, None)
-    x, h = ops.gate_and_modulate(x, y, None, module.norm3, shift2, scale2, fp8=serves(module.ffn.net[0].proj), **how)
+    x, h = ops.gate_and_modulate(x, y, None, module.norm3, shift2, scale2, fp8=takes(module.ffn, module.ffn.net[0].proj), **how)
     return ops.gate(x, module.ffn(h), gate2, **how)
 
 

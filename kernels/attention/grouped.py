@@ -189,7 +189,8 @@ def _put(out: torch.Tensor, view: tuple[int, ...]) -> torch.Tensor:
 def _batches(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> list[Batch]:
     key = ("grouped", mask, None if kv_layout is layout else tuple(kv_layout.clips))
     if key not in layout.cache:
-        layout.cache[key] = _plan(layout, mask, kv_layout)
+        with torch.inference_mode(False):  # the next pass over this layout may have a gradient
+            layout.cache[key] = _plan(layout, mask, kv_layout)
     return layout.cache[key]
 
 
