@@ -105,7 +105,11 @@ MODELS = {
     ),
     "ConsisID": Tiny(
         build("ConsisIDTransformer3DModel", **FACES),
-        {"two clips, odd sizes": call(2, TWO) | faces(2), "one clip": call(1, ONE) | faces(1)},
+        {
+            "two clips, odd sizes": call(2, TWO) | faces(2),
+            "one clip": call(1, ONE) | faces(1),
+            "one face for two clips": call(2, TWO) | faces(1),  # as where guidance doubles the clips alone
+        },
         OPS,
     ),
     "CogVideoX 2B": Tiny(
