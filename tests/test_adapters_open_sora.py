@@ -77,6 +77,9 @@ def test_causal_along_time():
         (lambda block: setattr(block, "norm2", torch.nn.RMSNorm(32)), "norms are of"),
         (lambda block: setattr(block, "attn", torch.nn.MultiheadAttention(32, 2)), "of MultiheadAttention and"),
         (lambda block: setattr(block, "__class__", Later), "takes other arguments"),
+        (lambda block: setattr(block.attn, "forward", block.attn.forward), "its forward is replaced already"),
+        (lambda block: setattr(block.attn.q_norm, "forward", block.attn.q_norm.forward), "its forward is replaced already"),
+        (lambda block: setattr(block, "forward", block.forward), "its forward is replaced already"),
     ],
 )
 def test_what_is_not_known_is_left(change, reason):

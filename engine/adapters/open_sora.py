@@ -35,16 +35,18 @@ def swap_block(swaps: Swaps, where: str) -> None:
     """Serve a block and the two attention modules in it."""
     module = swaps.module(where)
     swaps.linears(where)
-    if reason := unknown(module):
-        for op, name in (("attention", "attn"), ("attention", "cross_attn"), ("norm", "norm1"), ("norm", "norm2")):
-            swaps.leave(op, f"{where}.{name}", reason, servable=True)
-        return
-    if swaps.block(where, block, type(module), "norm1", "norm2"):
-        for name in ("attn.q_norm", "attn.k_norm"):
-            if not isinstance(module.get_submodule(name), nn.Identity):
-                swaps.serve("norm", f"{where}.{name}", "qk_norm_rope")
-        swaps.serve("attention", f"{where}.attn", "qk_norm_rope", "attention")
-        swaps.serve("attention", f"{where}.cross_attn", "attention")
+    reason, parts = unknown(module), {"attn": ("attention", "qk_norm_rope", "attention"), "cross_attn": ("attention", "attention")}
+    if reason is None:
+        norms = [f"attn.{name}" for name in ("q_norm", "k_norm") if not isinstance(getattr(module.attn, name), nn.Identity)]
+        parts |= {name: ("norm", "qk_norm_rope") for name in norms}
+        reason = next(filter(None, (swaps.refusal(module.get_submodule(name), "weight") for name in parts)), None)
+    if reason is not None:
+        parts |= {"norm1": ("norm",), "norm2": ("norm",)}
+    elif not swaps.block(where, block, type(module), "norm1", "norm2"):
+        reason = swaps.sites[-1].reason
+    for name, (op, *served_by) in parts.items():
+        at = f"{where}.{name}"
+        swaps.leave(op, at, reason, servable=True) if reason else swaps.serve(op, at, *served_by)
 
 
 def unknown(module: nn.Module) -> str | None:
