@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import record
+from . import ahead, record
 from .record import Ceilings, Measurement, Run
 
 SECONDS = {"quick": 0.06, "default": 0.1, "full": 0.4}
@@ -53,7 +53,9 @@ class Progress:
 
 @dataclass
 class Plan:
-    """What a run is to do. extra: modules to import in the worker, which add cases to `suite.MODULES` (for tests and plug-ins)."""
+    """What a run is to do. extra: modules to import in the worker, which add cases to `suite.MODULES` (for tests and plug-ins). compilers:
+    processes that compile ahead, else as many as `ahead` finds worth while on a GPU.
+    """
 
     device: str
     level: str = "default"
@@ -62,11 +64,13 @@ class Plan:
     limit: float | None = None
     budget: float | None = None
     extra: Sequence[str] = field(default=())
+    compilers: int | None = None
 
     def __post_init__(self):
         self.seconds = SECONDS[self.level] if self.seconds is None else self.seconds
         self.limit = LIMITS[self.level] if self.limit is None else self.limit
         self.budget = BUDGETS[self.device][self.level] if self.budget is None else self.budget
+        self.compilers = (ahead.processes() if self.device == "cuda" else 0) if self.compilers is None else self.compilers
 
 
 def cases_of(plan: Plan) -> list:
@@ -124,7 +128,13 @@ def run(plan: Plan, out: Path, tell: Callable[[Progress], None] = lambda progres
         tell(progress)
         progress.finished = None
 
+    def compiling(cases_done: int, total: int) -> None:
+        tell(Progress(case="compiling ahead", done=cases_done, total=total))
+
     try:
+        if plan.compilers:
+            ahead.compile_ahead(plan, cases_of, plan.compilers, plan.budget and ahead.SHARE * plan.budget, compiling)
+            tell(progress)
         while True:
             worker = _Worker(plan, counts.finished, done, result.ceilings if result.ceilings.copy else None, log)
             state = worker.follow(plan, progress, counts, add, result, lambda: record.write(result, path), tell, start)

@@ -313,14 +313,18 @@ class AdapterTests:
         errors = [float((a - b).norm() / b.norm()) for a, b in zip(after, before, strict=True)]
         assert all(1e-5 < error < 0.15 for error in errors), errors
 
-    @pytest.mark.gpu
-    def test_in_bfloat16(self, tiny: Tiny):
-        model = make(tiny).cuda()
-        inputs = {name: to_cuda(value) for name, value in next(iter(tiny.inputs.values())).items()}
-        half = {name: as_half(value) for name, value in inputs.items()}
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+    def test_in_bfloat16(self, tiny: Tiny, device: str):
+        """As near to float32 as the untouched model, both as they are loaded."""
+        model = make(tiny).to(device)
+        inputs = move(next(iter(tiny.inputs.values())), device=device)
+        half = move(inputs, dtype=torch.bfloat16)
         with torch.no_grad():
             exact = run(model, tiny, inputs)
             model = model.to(torch.bfloat16)
+            for name, module in model.named_modules():
+                if name.split(".")[-1] in (getattr(model, "_keep_in_fp32_modules", None) or ()):
+                    module.float()
             untouched = run(model, tiny, half)
             accelerate(model)
             ours = run(model, tiny, half)
@@ -339,13 +343,12 @@ def assert_every_site_is_named(report, model: torch.nn.Module) -> None:
     assert str(report)
 
 
-def to_cuda(value: Any) -> Any:
+def move(value: Any, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
+    """The tensors of nested inputs, elsewhere, and those of floating point in another dtype."""
+    if isinstance(value, dict):
+        return {name: move(each, device, dtype) for name, each in value.items()}
     if isinstance(value, tuple | list):
-        return type(value)(to_cuda(each) for each in value)
-    return value.cuda() if isinstance(value, torch.Tensor) else value
-
-
-def as_half(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return type(value)(as_half(each) for each in value)
-    return value.to(torch.bfloat16) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        return type(value)(move(each, device, dtype) for each in value)
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device or value.device, dtype if dtype and value.is_floating_point() else value.dtype)

@@ -88,7 +88,7 @@ def compile_case(case: Case) -> dict[str, int]:
     mask = eval(case.mask, vars(kernels))
     constants = {"GROUP": 1, "SITE": mask.same_site, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "HEAD_DIM": case.head_dim}
     constants |= {"HAS_TEXT": case.text, "UNIT": 1 if case.head_dim % 16 == 0 else 16 // dtype.itemsize, "q_turn": None, "k_turn": None}
-    dims = case.head_dim, *configs.split_head_dim(case.head_dim, configs.least_product(dtype))
+    dims = case.head_dim, *configs.split_head_dim(case.head_dim, dtype)
     tuples = {"RULE": mask.as_rule()._replace(sees_known=case.known), "DIMS": dims}
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(function.arg_names):

@@ -87,7 +87,7 @@ class STDiT3Block(nn.Module):
 
     def forward(self, x, y, t, mask=None, x_mask=None, t0=None, T=None, S=None):
         steps = [self.scale_shift_table + each.unflatten(-1, (6, -1)) for each in (t, t if t0 is None else t0)]
-        known = torch.ones(len(x), T, dtype=torch.bool) if x_mask is None else x_mask
+        known = torch.ones(len(x), T, dtype=torch.bool, device=x.device) if x_mask is None else x_mask
         step = torch.where(known[:, :, None, None, None], steps[0][:, None, None], steps[1][:, None, None])
         shift, scale, gate, shift2, scale2, gate2 = step.unbind(3)
         x = x.unflatten(1, (T, S))
@@ -143,7 +143,7 @@ class STDiT3(nn.Module):
 
     def step(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         angles = timestep[:, None] * 10000.0 ** -(torch.arange(8, device=timestep.device) / 8)
-        t = self.t_embedder(torch.cat((angles.cos(), angles.sin()), dim=-1))
+        t = self.t_embedder(torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.t_embedder[0].weight.dtype))
         return t, self.t_block(t)
 
     def forward(self, x, timestep, y, mask=None, x_mask=None, return_dict=True):

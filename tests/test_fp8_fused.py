@@ -107,7 +107,9 @@ def test_gelu(shape, approximate, dtype):
     exact = F.gelu(x.double(), approximate=approximate)
     largest = exact.abs().amax(dim=-1, keepdim=True)
     error = (dequantize_rows(x8, scale, torch.float64) - exact).abs()
-    assert (error <= torch.maximum(exact.abs() * 2**-4, largest / 448 * 2**-10) * 1.00001).all()
+    # Half a step of E4M3, and what float32 leaves of 1 + erf or 1 + tanh, which cancel far below zero.
+    allowed = torch.maximum(exact.abs() * 2**-4, largest / 448 * 2**-10) * 1.00001 + x.double().abs() * 2**-22
+    assert (error <= allowed).all()
 
 
 def test_gelu_of_special_numbers():

@@ -86,10 +86,10 @@ def norm_by_hand(x, norm, rows):
     return x if norm.shift is None else x + norm.shift[rows.long()]
 
 
-def leaves(tree, dtype=None, device="cpu"):
+def leaves(tree, dtype=None, device=None):
     """The tensors of a tree of tuples, lists and None, those of floating point as leaves; in their own dtype with their own strides."""
     if isinstance(tree, torch.Tensor):
-        tree = tree.detach().to(device)
+        tree = tree.detach().to(device or tree.device)
         return tree.to(dtype or tree.dtype).requires_grad_() if tree.is_floating_point() else tree
     if isinstance(tree, list | tuple):
         parts = [leaves(x, dtype, device) for x in tree]

@@ -252,7 +252,10 @@ def test_other_dtypes_than_the_products(products):
     spare=st.integers(0, 70),
 )
 def test_there_and_back_for_any_sizes(sizes, patch, channels, text, spare):
-    """Exactly, with weights that are permutations; also where text lies between the clips and a capacity leaves tokens unused."""
+    """With weights that are permutations; also where text lies between the clips and a capacity leaves tokens unused. Exactly, but for a
+    GPU, whose product of float32 is three of TF32.
+    """
+    same = partial(torch.testing.assert_close, rtol=2e-6 if DEVICE == "cuda" else 0, atol=0)
     clips = [randn(channels, *size, seed=i) for i, size in enumerate(sizes)]
     tokens = sum(len(patchify([clip], patch)) for clip in clips) + sum(text[: len(clips)]) + spare
     layout = pack(clips, patch, text=text[: len(clips)], capacity=Capacity(4, 24, tokens))
@@ -261,9 +264,10 @@ def test_there_and_back_for_any_sizes(sizes, patch, channels, text, spare):
     embedded = patch_embed(clips, weight, patch=patch, layout=layout, implementation="triton")
     back = unpatchify(embedded, layout, channels, patch, sizes=sizes, weight=weight.T.contiguous(), implementation="triton")
     for clip, again in zip(clips, back, strict=True):
-        assert torch.equal(again, clip)
+        same(again, clip)
     video = (layout.coordinates.clip >= 0) & ~layout.coordinates.text
-    assert torch.equal(embedded[video], patchify(clips, patch) @ weight.T) and not embedded[~video].any()
+    same(embedded[video], patchify(clips, patch)[:, weight.argmax(1)])
+    assert not embedded[~video].any()
 
 
 def both(clips, layout, parameters, rows, direction=None):

@@ -33,7 +33,7 @@ import triton.language as tl
 from ..dispatch import launch
 from ..layout import VideoLayout
 from ..masks import Mask, visible
-from .configs import Config, least_product, split_head_dim
+from .configs import Config, split_head_dim
 from .norm_rope import norm_rope, norm_rope_backward, store_weight_gradient
 from .ranges import LN_2, LOG2_E, SHIFT, TEXT, VIDEO, clamped, sequence, text_length, window
 from .schedule import Clips
@@ -155,21 +155,36 @@ def _hide(s, t, u, known, free, RULE):
 
 
 @triton.jit
-def _visit(BODY: tl.constexpr, state, context, rows, start, stop, every_start, every_stop, BLOCK: tl.constexpr, RULE, DIMS, TURN):
-    """BODY over the tiles of rows start .. stop of a sequence; those in every_start .. every_stop need no mask."""
-    if RULE[0] or RULE[2] > 0:
+def _after(i, skip):
+    """Row i of those that are left when rows skip[0] .. skip[1] are left out."""
+    return i + tl.where(i < skip[0], 0, skip[1] - skip[0])
+
+
+@triton.jit
+def _visit(
+    BODY: tl.constexpr, state, context, rows, start, stop, every_start, every_stop, text, words, BLOCK: tl.constexpr, RULE, DIMS, TURN
+):
+    """BODY over the tiles of rows start .. stop of a sequence, of which those in every_start .. every_stop need no mask, and over `words`
+    rows of a text, but for its last ones, from the row that comes back on.
+
+    What needs no mask comes first: where a loop with a mask ran before one without, ptxas would have the products of warp groups wait for
+    each other (its warning C7515). What lies to the left and to the right of it is one loop, since each takes a while to get going.
+    """
+    RULED: tl.constexpr = RULE[0] or RULE[2] > 0
+    first, last = start, start + (stop - start) // BLOCK * BLOCK
+    if RULED:
         every_start = clamped(every_start, start, stop)
         every_stop = clamped(every_stop, every_start, stop)
         first = tl.minimum(start + tl.cdiv(every_start - start, BLOCK) * BLOCK, stop)
         last = tl.maximum(first, start + (every_stop - start) // BLOCK * BLOCK)
-        state = BODY(state, context, rows, start, first, True, False, BLOCK, RULE, DIMS, TURN)
-        state = BODY(state, context, rows, first, last, False, True, BLOCK, RULE, DIMS, TURN)
-        state = BODY(state, context, rows, last, stop, True, False, BLOCK, RULE, DIMS, TURN)
+    state = BODY(state, context, rows, first, last, (0, 0), False, True, BLOCK, RULE, DIMS, TURN)
+    last_words = words // BLOCK * BLOCK
+    state = BODY(state, context, text, 0, last_words, (0, 0), False, True, BLOCK, RULE, DIMS, TURN)
+    if RULED:
+        state = BODY(state, context, rows, start, stop, (first, last), True, False, BLOCK, RULE, DIMS, TURN)
     else:
-        last = start + (stop - start) // BLOCK * BLOCK
-        state = BODY(state, context, rows, start, last, False, True, BLOCK, RULE, DIMS, TURN)
-        state = BODY(state, context, rows, last, stop, False, False, BLOCK, RULE, DIMS, TURN)
-    return state
+        state = BODY(state, context, rows, last, stop, (0, 0), False, False, BLOCK, RULE, DIMS, TURN)
+    return state, last_words
 
 
 @triton.jit
@@ -187,26 +202,25 @@ def _visit_keys(
     some_stop = tl.where(site == TEXT, frames, clamped(some_stop, some_start, frames))
     every_start = tl.where(site == TEXT, 0, every_start)
     every_stop = tl.where(site == TEXT, frames, every_stop)
-    state = _visit(
+    words = text_length(text_lengths_ptr, clip, text[2])
+    state, last_words = _visit(
         BODY, state, context, rows, some_start * frame_rows, some_stop * frame_rows, every_start * frame_rows, every_stop * frame_rows,
-        BLOCK, RULE, DIMS, TURN,
+        text, words, BLOCK, RULE, DIMS, TURN,
     )  # fmt: skip
     # To the left and right of the window every query sees the same frames.
     sink = 0
     if RULE[3] > 0:
         sink = clamped(-(first - RULE[3]), 0, some_start)  # a constant minus a tensor is taken for a constant
-        state = BODY(state, context, rows, 0, sink * frame_rows, False, False, BLOCK, RULE, DIMS, TURN)
+        state = BODY(state, context, rows, 0, sink * frame_rows, (0, 0), False, False, BLOCK, RULE, DIMS, TURN)
     if RULE[4]:
         for run in range(tl.load(run_offsets_ptr + clip), tl.load(run_offsets_ptr + clip + 1)):
             start, stop = tl.load(runs_ptr + 2 * run), tl.load(runs_ptr + 2 * run + 1)
             left, right = tl.minimum(stop, some_start), tl.maximum(start, some_stop)
             state = BODY(
-                state, context, rows, tl.maximum(start, sink) * frame_rows, left * frame_rows, False, False, BLOCK, RULE, DIMS, TURN
+                state, context, rows, tl.maximum(start, sink) * frame_rows, left * frame_rows, (0, 0), False, False, BLOCK, RULE, DIMS, TURN
             )
-            state = BODY(state, context, rows, right * frame_rows, stop * frame_rows, False, False, BLOCK, RULE, DIMS, TURN)
-    _, _, length, _, _ = text
-    length = text_length(text_lengths_ptr, clip, length)
-    return BODY(state, context, text, 0, length, False, False, BLOCK, RULE, DIMS, TURN)
+            state = BODY(state, context, rows, right * frame_rows, stop * frame_rows, (0, 0), False, False, BLOCK, RULE, DIMS, TURN)
+    return BODY(state, context, text, last_words, words, (0, 0), False, False, BLOCK, RULE, DIMS, TURN)
 
 
 @triton.jit
@@ -225,12 +239,11 @@ def _visit_queries(
     some_stop = tl.where((site == TEXT) | any_known, frames, clamped(some_stop, some_start, frames))
     every_start = tl.where(site == TEXT, 0, every_start)
     every_stop = tl.where(site == TEXT, frames, every_stop)
-    state = _visit(
+    state, last_words = _visit(
         BODY, state, context, rows, some_start * frame_rows, some_stop * frame_rows, every_start * frame_rows, every_stop * frame_rows,
-        BLOCK, RULE, DIMS, TURN,
+        text, text[2], BLOCK, RULE, DIMS, TURN,
     )  # fmt: skip
-    _, _, length, _, _ = text
-    return BODY(state, context, text, 0, length, False, False, BLOCK, RULE, DIMS, TURN)
+    return BODY(state, context, text, last_words, text[2], (0, 0), False, False, BLOCK, RULE, DIMS, TURN)
 
 
 @triton.jit
@@ -247,14 +260,14 @@ def _keys_of(known_ptr, rows, stop, first, frame_rows, RULE):
 
 
 @triton.jit
-def _attend(state, context, keys, begin, end, RULED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS, TURN):
-    """The online softmax of a tile of queries over rows begin .. end of a sequence of keys."""
+def _attend(state, context, keys, begin, end, skip, RULED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS, TURN):
+    """The online softmax of a tile of queries over rows begin .. end, but skip[0] .. skip[1], of a sequence of keys."""
     acc, peak, total, unit = state
     q, t, free, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, k_scale_ptr, v_scale_ptr, stride_kst, stride_vst = context
     base, step, _, frame_rows, first = keys
     IS_FP8: tl.constexpr = q[0].dtype.is_fp8()
-    for n in range(begin, end, BLOCK):
-        rows = n + tl.arange(0, BLOCK)
+    for i in range(begin, end - (skip[1] - skip[0]), BLOCK):
+        rows = _after(i, skip) + tl.arange(0, BLOCK)
         k = _load_parts(k_ptr, base, step, rows, end, stride_kt, WHOLE, DIMS)
         k = norm_rope(k, base + rows * step, rows < end, TURN, DIMS)
         s = _product(q, k, DIMS)
@@ -359,13 +372,13 @@ def _inner(a, b, DIMS):
 
 
 @triton.jit
-def _pull(state, context, keys, begin, end, RULED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS, TURN):
-    """Adds to dq of a tile of queries what comes from rows begin .. end of a sequence of keys."""
+def _pull(state, context, keys, begin, end, skip, RULED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS, TURN):
+    """Adds to dq of a tile of queries what comes from rows begin .. end, but skip[0] .. skip[1], of a sequence of keys."""
     dq = state
     q, do, lse, delta, t, free, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2 = context
     base, step, _, frame_rows, first = keys
-    for n in range(begin, end, BLOCK):
-        rows = n + tl.arange(0, BLOCK)
+    for i in range(begin, end - (skip[1] - skip[0]), BLOCK):
+        rows = _after(i, skip) + tl.arange(0, BLOCK)
         k = _load_parts(k_ptr, base, step, rows, end, stride_kt, WHOLE, DIMS)
         k = norm_rope(k, base + rows * step, rows < end, TURN, DIMS)
         v = _load_parts(v_ptr, base, step, rows, end, stride_vt, WHOLE, DIMS)
@@ -430,13 +443,13 @@ def block_backward_queries(
 
 
 @triton.jit
-def _push(state, context, queries, begin, end, RULED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS, TURN):
-    """Adds to dk and dv of a tile of keys what comes from rows begin .. end of a sequence of queries."""
+def _push(state, context, queries, begin, end, skip, RULED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, RULE, DIMS, TURN):
+    """Adds to dk and dv of a tile of keys what comes from rows begin .. end, but skip[0] .. skip[1], of a sequence of queries."""
     dk, dv = state
     k, v, u, known, free, q_ptr, do_ptr, lse_ptr, delta_ptr, stride_qt, stride_dot, scale_log2 = context
     base, step, _, frame_rows, first = queries
-    for m in range(begin, end, BLOCK):
-        rows = m + tl.arange(0, BLOCK)
+    for i in range(begin, end - (skip[1] - skip[0]), BLOCK):
+        rows = _after(i, skip) + tl.arange(0, BLOCK)
         q = _load_parts(q_ptr, base, step, rows, end, stride_qt, WHOLE, DIMS)
         q = norm_rope(q, base + rows * step, rows < end, TURN, DIMS)
         do = _load_parts(do_ptr, base, step, rows, end, stride_dot, WHOLE, DIMS)
@@ -535,7 +548,7 @@ class Launch:
         rule = mask.as_rule()
         if not kv_layout.capacity and not any(any(clip.known) for clip in kv_layout.clips):
             rule = rule._replace(sees_known=False)  # nothing is known, and nothing is read to find that out
-        dims = (q.shape[2], *split_head_dim(q.shape[2], least_product(q.dtype)))
+        dims = (q.shape[2], *split_head_dim(q.shape[2], q.dtype))
         self.constants = {"GROUP": q.shape[1] // k.shape[1], "RULE": rule, "DIMS": dims}
 
     def __call__(self, kernel, config: Config, table: torch.Tensor, heads: int, *arguments, **constants) -> None:

@@ -72,7 +72,7 @@ def default_configs(
     elif dtype.itemsize == 1:
         configs = Configs(Config(128, 64 if head_dim <= 64 else 32, 8, 3), Config(64, 32, 4, 2), Config(32, 64, 8, 2))
     elif hopper:
-        forward = Config(128, 64, 4, 3) if head_dim <= 64 else Config(128, 128, 8, 3)
+        forward = Config(128, 64, 4, 3) if head_dim <= 96 else Config(128, 128, 8, 3)
         configs = Configs(forward, Config(64, 64, 4, 3 if head_dim <= 64 else 2), Config(64, 128, 8, 1))
     elif head_dim > 64:
         configs = Configs(Config(128, 64, 8, 3), Config(64, 32, 4, 2), Config(32, 64, 8, 2))
@@ -88,25 +88,23 @@ def fitted(kernel: str, config: Config, head_dim: int, dtype: torch.dtype, share
     # The rows of the tiles that stay, and of each of the two that stream: q against k and v; q and do against k and v; k and v against q
     # and do.
     stay, stream = {"forward": (m, n), "queries": (2 * m, n), "keys": (2 * n, m)}[kernel]
-    row = sum(split_head_dim(head_dim, least_product(dtype))) * dtype.itemsize
+    row = sum(split_head_dim(head_dim, dtype)) * dtype.itemsize
     return replace(config, num_stages=max(1, min(config.num_stages, (shared_memory // row - stay) // (2 * stream))))
 
 
 @lru_cache
-def split_head_dim(head_dim: int, least: int = 16) -> tuple[int, int, int]:
-    """Three powers of two that cover head_dim, the last ones 0 where fewer do as well. `least`: as of `least_product`."""
+def split_head_dim(head_dim: int, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int, int]:
+    """Three powers of two that cover head_dim, the last ones 0 where fewer do as well. Of float32 always one: its products are three each,
+    and in parts its gradients spilled kilobytes.
+    """
+    least = 32 if dtype.itemsize == 1 else 16  # that a matrix product may sum over
+    whole = max(least, triton.next_power_of_2(head_dim))
     parts, rest = [], -(-head_dim // least) * least
     while rest > 0 and len(parts) < 2:
         parts.append(1 << (rest.bit_length() - 1))
         rest -= parts[-1]
     parts.append(triton.next_power_of_2(rest) if rest else 0)
-    whole = max(least, triton.next_power_of_2(head_dim))
-    return (*parts, 0, 0)[:3] if sum(parts) < whole else (whole, 0, 0)
-
-
-def least_product(dtype: torch.dtype) -> int:
-    """The least that a matrix product may sum over."""
-    return 32 if dtype.itemsize == 1 else 16
+    return (*parts, 0, 0)[:3] if sum(parts) < whole and dtype.itemsize <= 2 else (whole, 0, 0)
 
 
 @lru_cache

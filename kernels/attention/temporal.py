@@ -150,7 +150,8 @@ def temporal_forward(
     if HAS_TEXT:
         text = sequence(kv_spans_ptr, clip, TEXT, False)
         context = q, t, False, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2, None, None, 0, 0
-        acc, peak, total, _unit = _attend((acc, peak, total, 1.0), context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS, k_turn)
+        state = acc, peak, total, 1.0
+        acc, peak, total, _unit = _attend(state, context, text, 0, text[2], (0, 0), False, False, BLOCK_N, RULE, DIMS, k_turn)
     share = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None]  # a query that saw nothing gives zeros, NaN stays NaN
     _store_parts(out_ptr + head * stride_oh, _times(acc, share, DIMS), 0, 1, rows, END, stride_ot, DIMS)
     lse = tl.where(total == 0.0, -float("inf"), (peak + tl.log2(total)) * LN_2)
@@ -205,7 +206,7 @@ def temporal_backward(
         if HAS_TEXT:
             text = sequence(kv_spans_ptr, clip, TEXT, False)
             context = q, do, lse, delta, t, False, k_ptr, v_ptr, known_ptr, stride_kt, stride_vt, scale_log2
-            dq = _pull(dq, context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS, k_turn)
+            dq = _pull(dq, context, text, 0, text[2], (0, 0), False, False, BLOCK_N, RULE, DIMS, k_turn)
         dq = _times(dq, scale, DIMS)
         if q_turn is not None:
             # Loaded again rather than kept in registers meanwhile.
@@ -219,7 +220,7 @@ def temporal_backward(
                 k, v, u, of_keys[1], False, q_ptr + head * stride_qh, do_ptr + head * stride_doh, lse_ptr + head * stride_lh,
                 delta_ptr + head * stride_lh, stride_qt, stride_dot, scale_log2,
             )  # fmt: skip
-            dk, dv = _push((dk, dv), context, text, 0, text[2], False, False, BLOCK_N, RULE, DIMS, q_turn)
+            dk, dv = _push((dk, dv), context, text, 0, text[2], (0, 0), False, False, BLOCK_N, RULE, DIMS, q_turn)
     dk = _times(dk, scale, DIMS)
     if k_turn is not None:
         raw = _load_parts(k_ptr, 0, 1, keys, END, stride_kt, False, DIMS)
@@ -299,7 +300,7 @@ def sizes(head_dim: int, dtype: torch.dtype, shared_memory: int, amd: bool, back
     """Of the tiles that compile without spills (tests/codegen.json) and fit `shared_memory`, in bytes a block: rows, fewest first."""
     if dtype.itemsize == 1 or (backward and amd):
         return ()
-    if backward and split_head_dim(head_dim)[1] > 16:  # at 96, with text, Triton 3.6 made it read outside of memory on an H100
+    if backward and split_head_dim(head_dim, dtype)[1] > 16:  # at 96, with text, Triton 3.6 made it read outside of memory on an H100
         return ()
     if dtype.itemsize > 2:
         rows = (64,) if head_dim <= 64 and not backward else ()
@@ -307,7 +308,7 @@ def sizes(head_dim: int, dtype: torch.dtype, shared_memory: int, amd: bool, back
         rows = (64, 128) if shared_memory >= SHARED_MEMORY and not backward else (64,)
     else:
         rows = () if backward else (64,)
-    tiles, row = 5 if backward else 3, sum(split_head_dim(head_dim)) * dtype.itemsize  # q, k, v; do and what is transposed
+    tiles, row = 5 if backward else 3, sum(split_head_dim(head_dim, dtype)) * dtype.itemsize  # q, k, v; do and what is transposed
     return tuple(each for each in rows if tiles * each * row <= shared_memory)
 
 

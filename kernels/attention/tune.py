@@ -193,7 +193,7 @@ class _Search:
 
     def _tiles(self, kernel: str, rule: Configs) -> list[Configs]:
         """The candidates of the first round."""
-        width, found = sum(split_head_dim(self.head_dim)), []
+        width, found = sum(split_head_dim(self.head_dim, self.dtype)), []
         for m, n in product(self.blocks, self.blocks):
             # What is accumulated, and the scores: float32 values, shared out among threads with 255 registers. The operands need the rest.
             values = {"forward": m * (width + n), "queries": m * (width + 2 * n), "keys": 2 * n * (width + m)}[kernel]

@@ -16,7 +16,8 @@ bfloat16, and by memory for few tokens. Per element of x in bfloat16, and the fl
 
 fp8_linear: 2 tokens in out FLOPs, tokens in + in out + 2 tokens out bytes. With "torch" it is `torch._scaled_mm` on Hopper and Blackwell
 where that has the shape (in and out multiples of 16; bfloat16), which "auto" takes there, else a product of the same numbers in float32;
-with "triton" a kernel for the other GPUs with E4M3, sizes and dtypes.
+with "triton" a kernel for the other GPUs with E4M3, sizes and dtypes. The library's sums have the 14 bits that Hopper's tensor cores keep,
+the kernel's are float32 from 128 channels to the next.
 """
 
 import torch

@@ -57,13 +57,14 @@ def _linear(x8, x_scale, weight8, weight_scale, bias, dtype):
 
 
 def linear_scaled_mm(x8, x_scale, weight8, weight_scale, bias, out_dtype):
-    """The library's product with a scale for each row and column, of what `scaled_mm_serves`. Fast accumulation is off: Hopper's keeps 14
-    bits of a sum, over all channels.
+    """The library's product with a scale for each row and column, of what `scaled_mm_serves`; with fast accumulation, which on an H100 took
+    two thirds to four fifths of the time. Hopper's keeps 14 bits of a sum: over 8192 channels that erred by 0.2 % of the norm, where
+    rounding to E4M3 errs by 3 to 4 %.
     """
     if not len(x8):
         return x8.new_empty(0, len(weight8), dtype=out_dtype)
     scales = x_scale[:, None].contiguous(), weight_scale[None].contiguous()
-    return torch._scaled_mm(x8, weight8.T, *scales, bias=bias, out_dtype=out_dtype, use_fast_accum=False)
+    return torch._scaled_mm(x8, weight8.T, *scales, bias=bias, out_dtype=out_dtype, use_fast_accum=True)
 
 
 def scaled_mm_serves(x8, weight8, bias, out_dtype) -> bool:

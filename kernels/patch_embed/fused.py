@@ -35,7 +35,9 @@ HELD = tl.constexpr(4)
 AT_ONCE = 24
 """Clips that are written to a table in a launch."""
 PROGRAMS = 512
-"""About so many a launch has if it can, for any GPU to be busy."""
+"""About so many a launch has if it can, for any GPU to be busy; of wide tiles half as many."""
+LARGEST_GROUP = 12
+"""Blocks that a program makes of a tile at most."""
 CHUNKS = (8, 64)
 """For the gradient of a weight, tokens are summed in so many parts, at least and at most: as many as make twice PROGRAMS, but of no
 fewer than SUMMED tiles.
@@ -537,14 +539,14 @@ def embed(
     unit, most = _unit(weight, *tables), (128, 64) if wide else (64, 64) if weight.dtype.itemsize == 2 else (32, 32)
     block_n = _power(width, 16, most[0])
     blocks = triton.cdiv(width, block_n)
-    group = max(1, min(blocks, clips.tiles * blocks // PROGRAMS))
+    group = max(1, min(blocks, LARGEST_GROUP, (2 if wide else 1) * clips.tiles * blocks // PROGRAMS))
     groups = triton.cdiv(blocks, group)
     launch(
         op, clips_to_tokens, clips.tiles * groups, out, clips.base, clips.table, clips.clip, weight, bias, *tables, places,
         _bytes(known), known_weight, _bytes(source.used),
         *_strides(unit, weight, *tables), *(0 if table is None else table.shape[0] for table in tables), clips.count, groups, group,
         WIDTH=width, ACROSS=across, UNIT=unit, BLOCK_N=block_n, BLOCK_K=_power(source.elements, 16, most[1]),
-        STAGES=2, num_warps=8 if wide else 4, **clips.constants,
+        STAGES=1 if wide else 2, num_warps=4, **clips.constants,
     )  # fmt: skip
     return out
 
