@@ -6,6 +6,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -65,7 +66,8 @@ def _compile(plan, cases_of, taken, done) -> None:
         with contextlib.suppress(Exception):
             _call(cases[number], device, level)
         with contextlib.suppress(Exception):
-            torch._dynamo.reset()
+            if "torch._dynamo" in sys.modules:
+                torch._dynamo.reset()
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.synchronize()

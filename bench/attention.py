@@ -198,7 +198,7 @@ def cases() -> list[Case]:
         Shape(MIXED, 12, 128, Full(), fp8=True).case("attention full", "mixed pack", FULL),
         *both(QUICK, "attention joint", "CogVideoX 2B 480p, text first", [COGVIDEO], 30, 64, Full(), joint=[226], text_first=True),
         *both(DEFAULT, "attention joint", "HunyuanVideo-1.5 480p", [HUNYUAN15], 16, 128, Full(), joint=[320]),
-        *both(DEFAULT, "attention joint", "mixed pack", MIXED, 24, 128, Full(), joint=[256, 77, 120, 300, 226, 12, 64, 256]),
+        *both(FULL, "attention joint", "mixed pack", MIXED, 24, 128, Full(), joint=[256, 77, 120, 300, 226, 12, 64, 256]),
         *both(FULL, "attention joint", "HunyuanVideo 544p", [HUNYUAN], 24, 128, Full(), joint=[256]),
         *both(FULL, "attention joint", "Mochi 480p", [MOCHI], 24, 128, Full(), joint=[256]),
         Shape([MAGI], 24, 128, FrameCausal(chunk=6), kv_heads=8).case("attention grouped heads", "MAGI-1 4.5B, four chunks", QUICK),

@@ -38,7 +38,8 @@ def quantised_linear(quantize):
 
     def run(x, weight, w8, scales, bias):
         x8, x_scales = quantize(x)
-        return torch._scaled_mm(x8, w8.T, scale_a=x_scales[:, None], scale_b=scales[None], bias=bias, out_dtype=x.dtype)
+        how = {"scale_a": x_scales[:, None], "scale_b": scales[None], "bias": bias, "out_dtype": x.dtype, "use_fast_accum": True}
+        return torch._scaled_mm(x8, w8.T, **how)
 
     return run
 

@@ -307,8 +307,9 @@ def _serve(connection, plan: Plan, first: int, done: set, ceilings: Ceilings | N
             if measurement.reason and measurement.status not in ("missing", "unsupported") and bench.broken():
                 connection.send(("broken",))
                 return
-        with contextlib.suppress(Exception):
-            torch._dynamo.reset()
+        if "torch._dynamo" in sys.modules:  # to import it takes seconds
+            with contextlib.suppress(Exception):
+                torch._dynamo.reset()
         # What is alive between cases lives as long as the process. To look at it again would take a third of a second each time, and
         # garbage is collected after each implementation.
         gc.collect()

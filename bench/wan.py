@@ -208,18 +208,9 @@ class WanModel(nn.Module):
 
         config, parameter = self.config, next(self.parameters())
         kind = import_module("diffusers").WanTransformer3DModel
-        model = kind(
-            PATCH,
-            config.heads,
-            config.head_dim,
-            config.channels,
-            config.channels,
-            config.text_width,
-            256,
-            config.mlp,
-            config.layers,
-            eps=EPS,
-        )
+        sizes = PATCH, config.heads, config.head_dim, config.channels, config.channels, config.text_width, 256, config.mlp, config.layers
+        with parameter.device:  # on the host, numbers for its parameters would take longer than all that is measured
+            model = kind(*sizes, eps=EPS)
         model = model.to(parameter.device, parameter.dtype).eval()
         model.load_state_dict(self.state_dict(), strict=True)
         return model

@@ -315,7 +315,9 @@ class VideoLayout:
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy of a host's table on the device, which the host does not wait for."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    if device.type != "cuda" or torch.compiler.is_compiling():  # which cannot trace what pins memory
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def _build(build: Callable, layout: VideoLayout, partner: VideoLayout | None) -> Any:

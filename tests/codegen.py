@@ -83,7 +83,8 @@ def compile_case(case: Case) -> dict[str, int]:
         config = temporal.config(case.rows, backward=case.kernel == TEMPORAL[1])
     else:
         function = getattr(block, case.kernel)
-        rule = configs.default_configs(case.head_dim, dtype, SHARED_MEMORY[case.gpu], case.gpu.startswith("gfx"), case.gpu == "sm_90")
+        room = {"shared_memory": SHARED_MEMORY[case.gpu], "amd": case.gpu.startswith("gfx"), "hopper": case.gpu == "sm_90"}
+        rule = configs.default_configs(case.head_dim, dtype, configs.kind_of(eval(case.mask, vars(kernels))), **room)
         config = rule[KERNELS.index(case.kernel)]
     mask = eval(case.mask, vars(kernels))
     constants = {"GROUP": 1, "SITE": mask.same_site, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "HEAD_DIM": case.head_dim}

@@ -9,10 +9,11 @@ import os
 import signal
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from tubelet.bench import attention, peers, record, run, sampling, suite
+from tubelet.bench import ahead, attention, peers, record, run, sampling, suite
 from tubelet.bench.harness import (
     DEFAULT,
     QUICK,
@@ -346,6 +347,34 @@ def cases() -> list[Case]:
     ]
 
 
+def leave_a_mark(name):
+    Path(os.environ["MARKS"], name).touch()
+
+
+def crash_after_a_mark(x):
+    leave_a_mark("crashed")
+    os._exit(3)
+
+
+def fail_after_a_mark(x):
+    leave_a_mark("failed")
+    raise ArithmeticError
+
+
+def cases_of_ahead(plan) -> list[Case]:
+    made = {
+        "crashing": problem_of(tubelet=Implementation("tubelet", lambda x: lambda: crash_after_a_mark(x), ours=True)),
+        "failing": problem_of(
+            tubelet=Implementation("tubelet", lambda x: lambda: fail_after_a_mark(x), ours=True),
+            compiled=Implementation("compiled", lambda x: lambda: leave_a_mark("compiled"), slow=True),
+            eager=Implementation("eager", lambda x: lambda: leave_a_mark("eager")),
+            absent=Implementation("absent", lambda x: lambda: leave_a_mark("absent"), slow=True, needs=("xyzzy",)),
+        ),
+        "hanging": problem_of(tubelet=Implementation("tubelet", lambda x: lambda: time.sleep(600), ours=True)),
+    }
+    return [Case("plugh", name, {}, lambda device, problem=problem: problem, QUICK, devices=("cpu",)) for name, problem in made.items()]
+
+
 @pytest.fixture
 def plan(monkeypatch):
     monkeypatch.setattr(run, "GRACE", 1.5)
@@ -353,6 +382,20 @@ def plan(monkeypatch):
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
     monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
     return run.Plan("cpu", "quick", ["xyzzy"], seconds=0.01, limit=1.0, extra=("test_bench",))
+
+
+def test_what_compiles_is_called_ahead(plan, tmp_path, monkeypatch):
+    """In processes of their own, whose errors, crashes and hangs end nothing."""
+    monkeypatch.setenv("MARKS", str(tmp_path))
+    plan.level, told, start = "default", [], time.monotonic()
+    ahead.compile_ahead(plan, cases_of_ahead, 3, 25.0, lambda *done: told.append(done))
+    assert time.monotonic() - start < 40
+    assert {path.name for path in tmp_path.iterdir()} == {"crashed", "failed", "compiled"}
+    assert told[0] == (0, 3) and told[-1] == (1, 3)
+
+
+def test_no_process_compiles_ahead_on_a_cpu(plan):
+    assert plan.compilers == 0
 
 
 def test_a_crash_or_a_hang_stops_no_other(plan, tmp_path):

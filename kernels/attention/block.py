@@ -161,30 +161,24 @@ def _after(i, skip):
 
 
 @triton.jit
-def _visit(
-    BODY: tl.constexpr, state, context, rows, start, stop, every_start, every_stop, text, words, BLOCK: tl.constexpr, RULE, DIMS, TURN
-):
-    """BODY over the tiles of rows start .. stop of a sequence, of which those in every_start .. every_stop need no mask, and over `words`
-    rows of a text, but for its last ones, from the row that comes back on.
+def _visit(BODY: tl.constexpr, state, context, rows, start, stop, every_start, every_stop, BLOCK: tl.constexpr, RULE, DIMS, TURN):
+    """BODY over the tiles of rows start .. stop of a sequence; those in every_start .. every_stop need no mask.
 
-    What needs no mask comes first: where a loop with a mask ran before one without, ptxas would have the products of warp groups wait for
-    each other (its warning C7515). What lies to the left and to the right of it is one loop, since each takes a while to get going.
+    These come first: where a loop with a mask ran before one without, ptxas would have products of warp groups wait for each other (its
+    warning C7515). What lies to their left and right is one loop, since each loop takes a while to get going.
     """
-    RULED: tl.constexpr = RULE[0] or RULE[2] > 0
-    first, last = start, start + (stop - start) // BLOCK * BLOCK
-    if RULED:
+    if RULE[0] or RULE[2] > 0:
         every_start = clamped(every_start, start, stop)
         every_stop = clamped(every_stop, every_start, stop)
         first = tl.minimum(start + tl.cdiv(every_start - start, BLOCK) * BLOCK, stop)
         last = tl.maximum(first, start + (every_stop - start) // BLOCK * BLOCK)
-    state = BODY(state, context, rows, first, last, (0, 0), False, True, BLOCK, RULE, DIMS, TURN)
-    last_words = words // BLOCK * BLOCK
-    state = BODY(state, context, text, 0, last_words, (0, 0), False, True, BLOCK, RULE, DIMS, TURN)
-    if RULED:
+        state = BODY(state, context, rows, first, last, (0, 0), False, True, BLOCK, RULE, DIMS, TURN)
         state = BODY(state, context, rows, start, stop, (first, last), True, False, BLOCK, RULE, DIMS, TURN)
     else:
+        last = start + (stop - start) // BLOCK * BLOCK
+        state = BODY(state, context, rows, start, last, (0, 0), False, True, BLOCK, RULE, DIMS, TURN)
         state = BODY(state, context, rows, last, stop, (0, 0), False, False, BLOCK, RULE, DIMS, TURN)
-    return state, last_words
+    return state
 
 
 @triton.jit
@@ -202,10 +196,9 @@ def _visit_keys(
     some_stop = tl.where(site == TEXT, frames, clamped(some_stop, some_start, frames))
     every_start = tl.where(site == TEXT, 0, every_start)
     every_stop = tl.where(site == TEXT, frames, every_stop)
-    words = text_length(text_lengths_ptr, clip, text[2])
-    state, last_words = _visit(
+    state = _visit(
         BODY, state, context, rows, some_start * frame_rows, some_stop * frame_rows, every_start * frame_rows, every_stop * frame_rows,
-        text, words, BLOCK, RULE, DIMS, TURN,
+        BLOCK, RULE, DIMS, TURN,
     )  # fmt: skip
     # To the left and right of the window every query sees the same frames.
     sink = 0
@@ -220,7 +213,9 @@ def _visit_keys(
                 state, context, rows, tl.maximum(start, sink) * frame_rows, left * frame_rows, (0, 0), False, False, BLOCK, RULE, DIMS, TURN
             )
             state = BODY(state, context, rows, right * frame_rows, stop * frame_rows, (0, 0), False, False, BLOCK, RULE, DIMS, TURN)
-    return BODY(state, context, text, last_words, words, (0, 0), False, False, BLOCK, RULE, DIMS, TURN)
+    _, _, length, _, _ = text
+    length = text_length(text_lengths_ptr, clip, length)
+    return BODY(state, context, text, 0, length, (0, 0), False, False, BLOCK, RULE, DIMS, TURN)
 
 
 @triton.jit
@@ -239,11 +234,12 @@ def _visit_queries(
     some_stop = tl.where((site == TEXT) | any_known, frames, clamped(some_stop, some_start, frames))
     every_start = tl.where(site == TEXT, 0, every_start)
     every_stop = tl.where(site == TEXT, frames, every_stop)
-    state, last_words = _visit(
+    state = _visit(
         BODY, state, context, rows, some_start * frame_rows, some_stop * frame_rows, every_start * frame_rows, every_stop * frame_rows,
-        text, text[2], BLOCK, RULE, DIMS, TURN,
+        BLOCK, RULE, DIMS, TURN,
     )  # fmt: skip
-    return BODY(state, context, text, last_words, text[2], (0, 0), False, False, BLOCK, RULE, DIMS, TURN)
+    _, _, length, _, _ = text
+    return BODY(state, context, text, 0, length, (0, 0), False, False, BLOCK, RULE, DIMS, TURN)
 
 
 @triton.jit

@@ -36,9 +36,10 @@ class Configs(NamedTuple):
 
 def configs_for(q: torch.Tensor, mask: Mask) -> Configs:
     """Those tuned for the class of q and mask on this GPU, else those of the rule. Raises ValueError for a malformed file of settings."""
-    entry = tuned.settings(q.device, "attention", shape_class(q.shape[2], q.dtype, kind_of(mask)))
+    kind = kind_of(mask)
+    entry = tuned.settings(q.device, "attention", shape_class(q.shape[2], q.dtype, kind))
     if entry is None:
-        return default_configs(q.shape[2], q.dtype, **limits(q.device))
+        return default_configs(q.shape[2], q.dtype, kind, **limits(q.device))
     return Configs(*(Config(**entry[kernel]) for kernel in KERNELS), entry["specialised"])
 
 
@@ -54,11 +55,17 @@ def kind_of(mask: Mask) -> str:
 
 @lru_cache
 def default_configs(
-    head_dim: int, dtype: torch.dtype, shared_memory: int = SHARED_MEMORY, amd: bool = False, hopper: bool = False
+    head_dim: int,
+    dtype: torch.dtype,
+    kind: str = "video",
+    *,
+    shared_memory: int = SHARED_MEMORY,
+    amd: bool = False,
+    hopper: bool = False,
 ) -> Configs:
-    """A rule: for Hopper what was the fastest on an H100 at head dims 64 and 128, of Full() and FrameCausal(3) on 32,760 tokens; else,
-    where nothing was measured, large tiles that compile without spills (tests/codegen.json). With as many stages as `shared_memory`, in
-    bytes a block, has room for.
+    """A rule: for Hopper what was the fastest on an H200, and before on an H100, at head dims 64, 72, 96 and 128, of each kind of mask on
+    8,192 to 51,000 tokens; else, where nothing was measured, large tiles that compile without spills (tests/codegen.json). With as many
+    stages as `shared_memory`, in bytes a block, has room for.
     """
     if dtype.itemsize > 2:  # above 64, float32 spills a little in spite of its small tiles
         small = Config(32, 32, 4, 1) if head_dim <= 64 else Config(32, 32, 8, 1) if head_dim <= 128 else Config(16, 16, 8, 1)
@@ -72,8 +79,9 @@ def default_configs(
     elif dtype.itemsize == 1:
         configs = Configs(Config(128, 64 if head_dim <= 64 else 32, 8, 3), Config(64, 32, 4, 2), Config(32, 64, 8, 2))
     elif hopper:
-        forward = Config(128, 64, 4, 3) if head_dim <= 96 else Config(128, 128, 8, 3)
-        configs = Configs(forward, Config(64, 64, 4, 3 if head_dim <= 64 else 2), Config(64, 128, 8, 1))
+        forward = Config(128, 64, 4, 3) if head_dim <= 96 else Config(64, 64, 4, 3) if kind == "frame" else Config(128, 128, 8, 3)
+        keys = Config(128, 64, 4, 1) if head_dim <= 64 else Config(64, 128, 8, 1)
+        configs = Configs(forward, Config(64, 64, 4, 3 if head_dim <= 64 else 2), keys)
     elif head_dim > 64:
         configs = Configs(Config(128, 64, 8, 3), Config(64, 32, 4, 2), Config(32, 64, 8, 2))
     else:

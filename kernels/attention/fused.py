@@ -14,7 +14,7 @@ from ..layout import VideoLayout
 from ..masks import Mask
 from ..rotary import NormRope
 from . import block, hopper, temporal
-from .configs import Configs, configs_for, default_configs, limits
+from .configs import Configs, configs_for, default_configs, kind_of, limits
 from .norm_rope import Turns
 from .ranges import LEAST_SCALE, LOG2_E, strides, unit_of
 from .schedule import tiles
@@ -44,12 +44,14 @@ def attention_fused(
     configs = configs or configs_for(q, mask)
     make = torch.zeros if layout.capacity else torch.empty  # tokens past the end of the pack are in no tile
     out = make(q.shape, dtype=OUT_OF_FP8 if q.dtype == FP8 else q.dtype, device=q.device)
-    lse = torch.full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32, device=q.device)
+    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    if layout.capacity:
+        lse.fill_(-torch.inf)
     if configs.specialised:
         if hopper.unavailable(q, k, v, mask, text_lengths) is None:
             hopper.forward_hopper(q, k, v, out, lse, layout, mask, kv_layout, scale, configs.forward)
             return out, lse
-        configs = default_configs(q.shape[2], q.dtype, **limits(q.device))  # what was tuned is for the other kernel
+        configs = default_configs(q.shape[2], q.dtype, kind_of(mask), **limits(q.device))  # what was tuned is for the other kernel
     scales, scale_log2 = scales or (None, None, None), max(scale, LEAST_SCALE) * LOG2_E.value
     launch, turns = block.Launch(q, k, layout, mask, kv_layout, text_lengths), Turns(how, q.shape[2])
     longest = temporal.longest(q) if mask.same_site else 0

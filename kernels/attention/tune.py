@@ -131,7 +131,7 @@ def tune(
     """
     shapes = shapes or SHAPES[kind][: 2 if quick else None]
     search = _Search(head_dim, dtype, device, shapes, blocks, quick, timer, progress)
-    configs, milliseconds = default_configs(head_dim, dtype, **limits(device)), {}
+    configs, milliseconds = default_configs(head_dim, dtype, kind, **limits(device)), {}
     for kernel in KERNELS:
         configs, milliseconds[kernel] = search.fastest(kernel, configs)
     return Tuning(configs, milliseconds, search.left_out)

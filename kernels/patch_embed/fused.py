@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention.block import PRECISION
-from ..dispatch import launch
+from ..dispatch import INTERPRETED, launch
 from ..layout import VideoLayout
 from ..norms import fused as norms
 from .reference import grid_of, video_rows, without_gaps
@@ -546,9 +546,17 @@ def embed(
         _bytes(known), known_weight, _bytes(source.used),
         *_strides(unit, weight, *tables), *(0 if table is None else table.shape[0] for table in tables), clips.count, groups, group,
         WIDTH=width, ACROSS=across, UNIT=unit, BLOCK_N=block_n, BLOCK_K=_power(source.elements, 16, most[1]),
-        STAGES=1 if wide else 2, num_warps=4, **clips.constants,
+        STAGES=1 if wide else 2, num_warps=8 if wide and _before_hopper() else 4, **clips.constants,
     )  # fmt: skip
     return out
+
+
+def _before_hopper() -> bool:
+    """Whether the products are those of single warps, which would spill the sums of wide tiles."""
+    if INTERPRETED:
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch < 90
 
 
 def _zero_gaps(out: Tensor, source: Source) -> None:
