@@ -71,7 +71,8 @@ def pytest_generate_tests(metafunc):
     if "tiny" in metafunc.fixturenames:  # of `adapter_checks`
         models = metafunc.module.MODELS
         # What takes its time is done with one model of a file, or with one of each name before a comma.
-        most = {"test_interpreted": 1, "test_compiled": 1}.get(metafunc.function.__name__)
+        few = {"test_interpreted", "test_compiled"} | (set() if torch.cuda.is_available() else {"test_in_bfloat16"})
+        most = 1 if metafunc.function.__name__ in few else None
         models = dict(list(models.items())[:most])
         if metafunc.function.__name__ in ONE_OF_A_NAME:
             models = {name: models[name] for name in {name.split(",")[0]: name for name in reversed(models)}.values()}
