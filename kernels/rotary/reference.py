@@ -74,10 +74,10 @@ def _turn(y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bo
     """The first pairs of y (tokens, heads, head_dim) turned, in the dtype that it and the tables promote to."""
     pairs = cos.shape[-1]
     turned, rest = y[..., : 2 * pairs], y[..., 2 * pairs :]
-    if interleaved and not torch.compiler.is_compiling():
+    wide = torch.promote_types(y.dtype, cos.dtype)
+    if interleaved and wide.itemsize > 2 and not torch.compiler.is_compiling():  # half types have no complex numbers, or slow ones
         # Pairs as complex numbers, which a compiler would not fuse: no neighbours are gathered. Each product has one term that is not zero,
         # so that no bit depends on whether the processor rounds once or twice, which it does by a number's place.
-        wide = torch.promote_types(y.dtype, cos.dtype)
         cos, sin = cos.to(wide), sin.to(wide)
         zero = torch.zeros_like(cos)
         z = torch.view_as_complex(turned.to(wide).contiguous().unflatten(-1, (-1, 2)))
