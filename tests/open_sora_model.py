@@ -27,7 +27,9 @@ class Rotary(nn.Module):
 
     def rotate_queries_or_keys(self, x: Tensor) -> Tensor:
         angles = torch.arange(x.shape[-2], device=x.device)[:, None] * self.freqs
-        turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous()) * torch.polar(torch.ones_like(angles), angles)
+        turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous()) * torch.polar(
+            torch.ones_like(angles.float()), angles.float()
+        )
         return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
