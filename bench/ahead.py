@@ -50,6 +50,7 @@ def compile_ahead(
 
 
 def _compile(plan, cases_of, taken, done) -> None:
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else each process would start as many as there are cores
     import torch
 
     from . import suite

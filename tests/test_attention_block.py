@@ -89,7 +89,7 @@ def check(layout, mask, kv_layout=None, backward=False, dtype=torch.float32, vie
         if theirs.grad.abs().max() > 1e-6:
             assert_close(ours.grad, theirs.grad, dtype)
         else:
-            assert ours.grad.abs().max() < 2e-6
+            assert ours.grad.abs().max() < (2e-6 if DEVICE == "cuda" else 1e-6)
 
 
 @pytest.mark.parametrize(

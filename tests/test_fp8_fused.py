@@ -150,7 +150,7 @@ def by_hand(x8, x_scale, weight8, weight_scale, bias=None):
 
 @every_dtype
 @pytest.mark.parametrize("implementation", ["torch", "reference", "triton"])
-@pytest.mark.parametrize("shape", [(1, 16, 16), (130, 48, 144), (33, 200, 129), (5, 131, 7), (140, 272, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 16), (130, 48, 144), (33, 200, 129), (5, 131, 7), (140, 272, 40), (17, 8192, 32)], ids=str)
 def test_product(shape, implementation, dtype):
     x8, x_scale, weight8, weight_scale, bias = inputs_of(*shape)
     allowed = FP8_SUMS if DEVICE == "cuda" and implementation == "triton" and dtype == torch.float32 else None

@@ -79,11 +79,11 @@ def default_configs(
     elif dtype.itemsize == 1:
         configs = Configs(Config(128, 64 if head_dim <= 64 else 32, 8, 3), Config(64, 32, 4, 2), Config(32, 64, 8, 2))
     elif hopper:
-        forward = Config(128, 64, 4, 3) if head_dim <= 96 else Config(64, 64, 4, 3) if kind == "frame" else Config(128, 128, 8, 3)
+        forward = Config(128, 64, 4, 3) if head_dim <= 96 else Config(64, 64, 4, 3) if kind == "frame" else Config(128, 64, 8, 3)
         keys = Config(128, 64, 4, 1) if head_dim <= 64 else Config(64, 128, 8, 1)
         configs = Configs(forward, Config(64, 64, 4, 3 if head_dim <= 64 else 2), keys)
     elif head_dim > 64:
-        configs = Configs(Config(128, 64, 8, 3), Config(64, 32, 4, 2), Config(32, 64, 8, 2))
+        configs = Configs(Config(128, 32, 8, 3), Config(64, 32, 4, 2), Config(32, 64, 8, 2))
     else:
         keys = Config(64, 64, 8, 2) if shared_memory >= SHARED_MEMORY else Config(32, 64, 8, 2)  # wgmma needs fewer registers than mma
         configs = Configs(Config(128, 64, 8, 3), Config(128, 64, 8, 2), keys)
