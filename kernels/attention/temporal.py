@@ -300,7 +300,9 @@ def sizes(head_dim: int, dtype: torch.dtype, shared_memory: int, amd: bool, back
     """Of the tiles that compile without spills (tests/codegen.json) and fit `shared_memory`, in bytes a block: rows, fewest first."""
     if dtype.itemsize == 1 or (backward and amd):
         return ()
-    if backward and split_head_dim(head_dim, dtype)[1] > 16:  # at 96, with text, Triton 3.6 made it read outside of memory on an H100
+    if backward and split_head_dim(head_dim, dtype)[1] > 16:
+        # At 96, with text, Triton 3.6 made it read past the end of shared memory on an H100 and an H200, in the product of the second part
+        # with the text's blocks of 32 or 64 rows; with blocks of 16 compute-sanitizer found nothing, in the one pack that was tried.
         return ()
     if dtype.itemsize > 2:
         rows = (64,) if head_dim <= 64 and not backward else ()
