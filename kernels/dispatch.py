@@ -151,14 +151,48 @@ def _constants(values: tuple) -> tuple:
     return tuple(map(triton.language.constexpr, values))
 
 
+_compiled: dict[tuple, tuple] = {}
+"""What `launch` compiled: for a kernel, a device, the kinds of the arguments and the constants, the compiled kernel and the constants that
+are its last arguments.
+"""
+
+
 def launch(op: str, kernel, programs: int, *arguments, **constants) -> None:
     """Run a Triton kernel of `op` as so many programs, on the device of its first argument, and record it. Tuples are of constants.
 
     Products and sums are rounded one by one, unless the kernel says otherwise (`tl.fma`): what a compiler fuses differs between variants.
+    What is compiled is found by a key of this module's, since Triton takes longer to find it than a GPU for many a kernel.
     """
     if not programs:
         return
     launched(op, "triton", kernel.fn.__name__)
+    device = arguments[0].get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _launch(kernel, programs, arguments, constants, device)
+    return _launch(kernel, programs, arguments, constants, device)
+
+
+def _launch(kernel, programs: int, arguments: tuple, constants: dict, device: int) -> None:
+    key = (id(kernel), device, *map(_kind, arguments), *constants.items())
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, last = found
+        compiled[programs, 1, 1](*arguments, *last)
+        return
     constants = {name: _constants(value) if isinstance(value, tuple) else value for name, value in constants.items()}
-    with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](*arguments, enable_fp_fusion=False, **constants)
+    compiled = kernel[(programs,)](*arguments, enable_fp_fusion=False, **constants)
+    if isinstance(kernel, triton.JITFunction) and isinstance(compiled, triton.compiler.CompiledKernel) and not torch.version.hip:
+        names = kernel.arg_names[len(arguments) :]
+        _compiled[key] = compiled, tuple(constants[name] for name in names)
+
+
+def _kind(x):
+    """What Triton's compiler may look at in an argument of a CUDA kernel, or more."""
+    if isinstance(x, torch.Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if type(x) is int:
+        return 1 if x == 1 else (16 if x % 16 == 0 else 2) + (0 if -0x80000000 <= x < 0x80000000 else 64)
+    if type(x) is tuple:
+        return tuple(map(_kind, x))
+    return type(x)

@@ -2,9 +2,10 @@
 
 For each kernel, head dim, mask and GPU: registers, bytes of stack (spills), bytes of shared memory, and counts of the instructions that
 matter: products of warps (mma), of warp groups (wgmma) and of a block (tcgen05), those of FP8 among them (e4m3), loads by TMA, changes of
-the number of registers (setmaxnreg: warps specialise), and other loads of 16 bytes.
+the number of registers (setmaxnreg: warps specialise), and other loads of 16 bytes. And a digest of the sources that this is of.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -202,28 +203,48 @@ def _amd(assembly: str) -> dict[str, int]:
     }
 
 
-def ledger() -> dict:
-    """Compile all cases, on all cores."""
+def keys() -> list[tuple[str, str]]:
+    """What is compiled: a case by its name, of a call its name and a GPU."""
+    return [(str(case), "") for case in CASES] + [(name, gpu) for name, call in CALLS.items() for gpu in call.gpus]
+
+
+def compile_key(key: tuple[str, str]) -> dict[str, dict[str, int]]:
+    name, gpu = key
+    return compile_call(name, gpu) if gpu else {name: compile_case(next(case for case in CASES if str(case) == name))}
+
+
+def sources() -> str:
+    """A digest of all that is compiled, and of how."""
+    files = [*Path(__file__).parent.glob("codegen*.py"), *(Path(__file__).parent.parent / "kernels").rglob("*.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
+
+
+def compiler() -> str:
     import triton
 
-    calls = [(name, gpu) for name, call in CALLS.items() for gpu in call.gpus]
+    return triton.__version__
+
+
+def ledger(sample: int = 1) -> dict:
+    """Compile one of so many of all that there is, on all cores; which, the sources tell."""
+    digest, cases = sources(), {}
+    chosen = keys()[int(digest, 16) % sample :: sample]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        cases = dict(zip(map(str, CASES), pool.map(compile_case, CASES), strict=True))
-        for kernels in pool.map(compile_call, *zip(*calls, strict=True)):
-            cases |= kernels
-    return {"triton": triton.__version__, "cases": cases}
+        for figures in pool.map(compile_key, chosen):
+            cases |= figures
+    return {"triton": compiler(), "sources": digest, "cases": cases}
 
 
 def text(ledger: dict) -> str:
     """JSON with a line for each case."""
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(figures)}" for name, figures in ledger["cases"].items())
-    return f'{{"triton": {json.dumps(ledger["triton"])}, "cases": {{\n{lines}\n}}}}\n'
+    return f'{{"triton": {json.dumps(ledger["triton"])}, "sources": {json.dumps(ledger["sources"])}, "cases": {{\n{lines}\n}}}}\n'
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 2:  # for a look at one: python tests/codegen.py CALL GPU
         print(json.dumps(compile_call(sys.argv[1], sys.argv[2]), indent=1))
-    elif sys.argv[1:] == ["-"]:
-        print(text(ledger()))
+    elif sys.argv[1:]:  # python tests/codegen.py SAMPLE
+        print(text(ledger(int(sys.argv[1]))))
     else:
         LEDGER.write_text(text(ledger()))

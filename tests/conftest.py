@@ -16,7 +16,17 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # workers share the cores, and wh
     os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
+LONGEST = ("test_attention_block", "test_vae_memory", "test_bench")
+"""Files that take minutes on two cores. Workers take whole files: these first, for none to wait for another at the end."""
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # by how many tests a file has, which says little of its time
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

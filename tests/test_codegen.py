@@ -1,12 +1,12 @@
 """The ledger of what the kernels compile to: nothing spills that was not measured to be fast all the same, everything fits, the
-tensor cores are used. No GPU is needed.
+tensor cores are used. No GPU is needed. Compiling all takes minutes: where the ledger is of these sources and of this compiler, it is only
+compared with a sample.
 """
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -20,23 +20,36 @@ fastest of an H100 and an H200; the ledger holds how many each does.
 """
 
 
+BESIDE = {"tokens_to_clips": 64}
+"""Bytes that other kernels may spill on Hopper beside their loop, for two programs to fit a multiprocessor."""
+SAMPLE = 12
+WRITTEN = json.loads(codegen.LEDGER.read_text())
+KNOWN = (WRITTEN["triton"], WRITTEN.get("sources")) == (codegen.compiler(), codegen.sources())
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Compiled anew, in a process that does not interpret."""
+def made(tmp_path_factory):
+    """Compiled anew, in a process that does not interpret: all, or a sample."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    script = Path(codegen.__file__)
-    ran = subprocess.run([sys.executable, script, "-"], env=environment, capture_output=True, text=True, timeout=1200)
+    command = [sys.executable, codegen.__file__, str(SAMPLE if KNOWN else 1)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert ran.returncode == 0, ran.stderr
     return json.loads(ran.stdout)
 
 
-def test_the_ledger_is_what_the_compiler_makes(compiled):
+@pytest.fixture
+def compiled(made):
+    """All figures: but for the sample those of the ledger, where it is of these sources."""
+    return {"cases": WRITTEN["cases"] | made["cases"]} if KNOWN else made
+
+
+def test_the_ledger_is_what_the_compiler_makes(made):
     """After a change that is meant: `python tests/codegen.py`, and look at the difference."""
-    written = json.loads(codegen.LEDGER.read_text())
-    if written["triton"] != compiled["triton"]:
-        pytest.skip(f"the ledger is of triton {written['triton']}, this is {compiled['triton']}")
-    assert compiled == written
+    if WRITTEN["triton"] != made["triton"]:
+        pytest.skip(f"the ledger is of triton {WRITTEN['triton']}, this is {made['triton']}")
+    names = made["cases"] if KNOWN else WRITTEN["cases"]
+    assert made["cases"] and made["cases"] == {name: WRITTEN["cases"].get(name) for name in names}
 
 
 @pytest.mark.parametrize("case", codegen.CASES, ids=str)
@@ -69,7 +82,7 @@ def test_the_kernels_of_a_call_fit_and_read_widely(compiled, name, gpu):
     kernels = {key.split(": ")[1]: figures for key, figures in compiled["cases"].items() if key.startswith(f"{gpu} {name}: ")}
     assert kernels
     for kernel, figures in kernels.items():
-        assert figures["stack"] == 0, f"{kernel}: registers are spilled"
+        assert figures["stack"] <= (BESIDE.get(kernel, 0) if gpu == "sm_90" else 0), f"{kernel}: registers are spilled"
         assert figures["shared"] <= codegen.SHARED_MEMORY[gpu], kernel
         if kernel.split()[0] not in CALLS[name].narrow:
             assert figures["loads of 16 bytes"] > 0, kernel

@@ -1,8 +1,10 @@
 """Which implementation ran, why others did not, and that the package stands on torch alone."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,6 +134,7 @@ def test_ops_on_a_cpu_say_why_their_kernels_were_passed_over(tmp_path):
 
 ON_TORCH_ALONE = """
 import sys
+from pathlib import Path
 
 ABSENT = ("triton", "av", "diffusers", "einops", "transformers")
 
@@ -195,3 +198,15 @@ def test_an_operator_is_one_where_torch_looks():
     assert double(torch.ones(3, device="meta"), []).is_meta
     compiled = torch.compile(lambda x: double(x, []) + 1, fullgraph=True, backend="aot_eager")
     assert compiled(x).tolist() == [3, 3, 3]
+
+
+def test_a_kernel_is_launched_as_triton_launches_it():
+    """Whatever the arguments, also when what was compiled is found by our own key: the same kernel, the same arguments."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    script = Path(__file__).with_name("launches.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert set(map(tuple, found["launches"])) == {(3, 1)} and found["kernels"] > 12
+    assert found["engaged"] == {"kernel": 2 * len(found["launches"])}

@@ -82,8 +82,15 @@ def on_device(pack):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("mask", FEW_MASKS, ids=str)
-@pytest.mark.parametrize("name", ["image beside video", "text first", "known and text", "capacity"])
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        (name, mask)
+        for name in ("image beside video", "text first", "known and text", "capacity")
+        for mask in (FEW_MASKS[::2] if name == "image beside video" and DEVICE == "cpu" else FEW_MASKS)  # the largest
+    ],
+    ids=str,
+)
 def test_attention(name, mask, implementation):
     layout = on_device(LAYOUTS[name])
     x8, scales, exact = quantised(layout, heads=4, kv_heads=2, dim=32)

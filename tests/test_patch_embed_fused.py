@@ -39,7 +39,7 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" e
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_patch = pytest.mark.parametrize("patch", [*PATCHES, (4, 2, 2), (1, 3, 3), (1, 1, 8)], ids=str)
 EVEN = [(3, 4, 16)] * 3
-EACH_KERNEL = ("describe_clips", "clips_to_tokens", "tokens_to_clips", "weight_gradient", "sum_rows")
+EACH_KERNEL = ("describe_clips", "clips_to_tokens", "fold_norm", "tokens_to_clips", "weight_gradient", "sum_rows")
 
 check_embed = partial(plain.check_embed, "triton", device=DEVICE)
 check_projection = partial(plain.check_projection, "triton", device=DEVICE)
@@ -113,11 +113,38 @@ def test_norms(dtype, kind):
     check_projection(dtype=dtype, kind=kind, dim=200, mean=3.0, sizes=[(1, 6, 4)])
 
 
-def test_the_mean_does_not_cancel():
-    """Where it is thirty times the deviation."""
-    x, weight = randn(70, 320) + 30, randn(12, 320, seed=1)
+@every_dtype
+def test_the_mean_does_not_cancel(dtype):
+    """Where it is thirty times the deviation, and where a channel is three hundred times that."""
+    x, weight = (randn(70, 320) + 30).to(dtype), randn(12, 320, seed=1).to(dtype)
+    x[::3, 2] = 300
     wanted = norm_by_hand(x.double(), Modulation(None, None), None) @ weight.double().T
-    assert_close(final_layer(x, weight, norm=Modulation(None, None), implementation="triton"), wanted, torch.float32)
+    assert_close(final_layer(x, weight, norm=Modulation(None, None), implementation="triton"), wanted, dtype)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_a_norm_is_folded_into_the_weight_ahead_or_on_the_way(kind):
+    """To the same numbers, for one row of the tables in a tile of tokens or for several, of which a NaN stays in its own tokens."""
+    dtype = DTYPES[-1]
+    x, weight, bias = (randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(((300, 136), (12, 136), (12,))))
+    shift, scale = randn(2, 4, 136, dtype=dtype, seed=5)
+    norm = Modulation(shift, scale, kind, randn(136, dtype=dtype, seed=7), randn(136, dtype=dtype, seed=8) if kind == "layer" else None)
+    rows = (torch.arange(300, dtype=torch.int32, device=DEVICE) // 64).clamp(max=3)
+
+    def project(rows, ahead):
+        with mock.patch.multiple(fused, FOLDED=0 if ahead else 300):
+            return final_layer(x, weight, bias, norm=norm, rows=rows, implementation="triton")
+
+    out = project(rows, True)
+    exact = Modulation(*(each.double() if isinstance(each, torch.Tensor) else each for each in norm))
+    assert_close(out, norm_by_hand(x.double(), exact, rows) @ weight.double().T + bias.double(), dtype)
+    assert torch.equal(project(rows, False), out)
+    for row in range(4):
+        assert torch.equal(project(torch.full_like(rows, row), True)[rows == row], out[rows == row])
+    scale[2, 5] = torch.nan
+    for ahead in (True, False):
+        spoiled = project(rows, ahead)
+        assert spoiled[rows == 2].isnan().all() and torch.equal(spoiled[rows != 2], out[rows != 2])
 
 
 def test_many_tokens():
@@ -441,18 +468,22 @@ def replayed(call):
     return results, lambda: [launch() for launch in launches]
 
 
-def test_replay_with_other_contents():
+@pytest.mark.parametrize("dtype", [torch.float32, DTYPES[-1]], ids=str)
+def test_replay_with_other_contents(dtype):
     """Of clips whose table is a part of the graph: of a record, tensors that the library computes are not made anew."""
-    clips, back = [clip.to(DEVICE) for clip in plain.clips_of(SIZES)], [torch.empty(3, *size, device=DEVICE) for size in SIZES]
+    clips = [clip.to(DEVICE) for clip in plain.clips_of(SIZES, dtype=dtype)]
+    back = [torch.empty(3, *size, device=DEVICE, dtype=dtype) for size in SIZES]
     layout = pack(clips)
     source, target = fused.Source.of(clips, (1, 2, 2)), fused.Source.of(back, (1, 2, 2))
-    weight, out_weight, shift, scale = (randn(*shape, seed=i) for i, shape in enumerate(((24, 12), (12, 24), (3, 24), (3, 24))))
-    tables, marks = [randn(20, 24, seed=i) for i in range(3)], randn(24, seed=9)
+    weight, out_weight, shift, scale = (
+        randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(((24, 12), (12, 24), (3, 24), (3, 24)))
+    )
+    tables, marks = [randn(20, 24, dtype=dtype, seed=i) for i in range(3)], randn(24, dtype=dtype, seed=9)
     known, rows = (torch.zeros(layout.tokens, dtype=dtype, device=DEVICE) for dtype in (torch.bool, torch.int32))
 
     def call():
         added = {"positions": tables, "places": layout.positions, "known": known, "known_weight": marks}
-        x = fused.embed("", source, weight, layout.tokens, torch.float32, **added)
+        x = fused.embed("", source, weight, layout.tokens, dtype, **added)
         fused.scatter("", x, out_weight, target, shift=shift, scale=scale, rows=rows, kind="layer", eps=1e-6)
         return [x, *back]
 
@@ -496,6 +527,13 @@ def test_the_kernels_that_run():
     assert kernels_of("unpatchify") == {
         "tokens_to_clips": 1, "norm_forward": 1, "weight_gradient": 1, "clips_to_tokens": 1, "norm_backward": 1
     }  # fmt: skip
+
+
+def test_the_kernels_of_a_norm_in_half_precision():
+    reset_engaged()
+    x, back = randn(64, 16, dtype=DTYPES[-1]), randn(12, 16, dtype=DTYPES[-1], seed=1)
+    final_layer(x, back, norm=Modulation(None, None), implementation="triton")
+    assert kernels_of("final_layer") == {"fold_norm": 1, "tokens_to_clips": 1}
 
 
 def test_no_tokens():

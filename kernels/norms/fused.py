@@ -357,7 +357,7 @@ def tile(channels: int, most_parts: int) -> dict:
     part = 64
     while part < min(channels, 4096) and most_parts * part < channels:
         part *= 2
-    parts, at_once = triton.cdiv(channels, part), 8 * _lanes()
+    parts, at_once = triton.cdiv(channels, part), 8 * lanes()
     num_warps = max(4, part // at_once)
     tokens = max(num_warps * at_once // part, (4096 if most_parts == PARTS else 2048) // (part * triton.next_power_of_2(parts)))
     return {"DIMS": (channels, part, parts), "TOKENS": tokens, "num_warps": num_warps}
@@ -368,7 +368,7 @@ def chunk_size(at_once: int) -> int:
     return max(32, 16 * at_once)
 
 
-def _lanes() -> int:
+def lanes() -> int:
     """Threads of a warp."""
     return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
 

@@ -19,8 +19,10 @@ Wan) for a dim of thousands, so that the tokens' bandwidth is the floor. In bflo
     patch_embed, unpatchify         5120    335 MB, 4.2 MB              21 GFLOP     101 us
     backward of patch_embed         1536    101 MB twice, 4.2 MB twice  13 GFLOP     63 us
 
-Tables of positions per axis are small, and are read from the caches. `unpatchify` reads each row of tokens twice, once for the statistics,
-once to normalise it; what is between the two is meant to stay in the second-level cache. Its backward pass computes the norm again.
+Tables of positions per axis are small, and are read from the caches. In half precision `unpatchify` reads each row of tokens once: the norm
+is done to the weight, for each row of the modulation, and corrected by the token's statistics in the end. Else it reads each row twice,
+once for the statistics, once to normalise it; what is between the two is meant to stay in the second-level cache. The backward pass
+computes the norm again.
 """
 
 import math
