@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,6 +80,9 @@ def sample(requests: list[tuple[int, int, int]], device: torch.device, precision
         return frames([engine.sample(request, **options) for request in each])
 
     found = [Implementation("tubelet", lambda each: lambda: frames(engine.sample(each, **options)), ours=True)]
+    if device.type == "cuda":
+        eager = Implementation("tubelet, no graph", lambda each: lambda: frames(engine.sample(each, graphs=False, **options)), ours=True)
+        found.append(replace(eager, comparable=False))
     if len(requests) > 1:
         found.append(Implementation("tubelet one by one", lambda each: lambda: one_by_one(each), ours=True, comparable=False))
     pixels = sum(t * h * w for t, h, w in requests)

@@ -232,8 +232,7 @@ class Condition(nn.Module):
 
     def forward(self, times: Tensor, layout: VideoLayout, text: Tensor, text_layout: VideoLayout) -> Tensor:
         """(frames, width), after the activation that precedes the modulation's projection."""
-        sides = torch.tensor([clip.grid[1:] for clip in layout.clips], dtype=torch.float32, device=times.device)
-        size = self.size(waves(sides, 64).flatten(1).to(text.dtype))
+        size = self.size(waves(layout.clip_grids[: layout.num_clips, 1:], 64).flatten(1).to(text.dtype))
         clips = layout.frame_clips.long()
         place = self.place(waves(layout.positions[layout.frame_starts.long(), 0], 64).to(text.dtype))
         read, *rest = self.text
@@ -245,8 +244,8 @@ class Condition(nn.Module):
     @staticmethod
     def _mean(text: Tensor, layout: VideoLayout) -> Tensor:
         """The mean of each clip's text, (clips, text_width); zeros for an empty one."""
-        counts = torch.tensor([max(clip.text_length, 1) for clip in layout.clips], dtype=text.dtype, device=text.device)
-        return _sum(text, layout) / counts[:, None]
+        lengths = layout.clip_offsets.diff()[: layout.num_clips, None]  # of text alone
+        return _sum(text, layout) / lengths.clamp(min=1)
 
 
 def _sum(text: Tensor, layout: VideoLayout) -> Tensor:
