@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,8 +80,10 @@ def sample(requests: list[tuple[int, int, int]], device: torch.device, precision
 
     found = [Implementation("tubelet", lambda each: lambda: frames(engine.sample(each, **options)), ours=True)]
     if device.type == "cuda":
-        eager = Implementation("tubelet, no graph", lambda each: lambda: frames(engine.sample(each, graphs=False, **options)), ours=True)
-        found.append(replace(eager, comparable=False))
+        eager = {"graphs": False}
+        found.append(
+            Implementation("tubelet, no graph", lambda each: lambda: frames(engine.sample(each, **options, **eager)), (), True, False)
+        )
     if len(requests) > 1:
         found.append(Implementation("tubelet one by one", lambda each: lambda: one_by_one(each), ours=True, comparable=False))
     pixels = sum(t * h * w for t, h, w in requests)

@@ -200,11 +200,10 @@ class Engine:
         given = resolve(request.known, request.frames, request.height, request.width, request.extend)
         if given.indices not in ((), (0,)):
             raise ValueError(f"known: expected no more than the first frame of a loop, got frames {given.indices}")
-        first = (
-            given.images[0] if given.indices else self._sample([replace(request, known=None)], schedule, stagger, graphs, progress)[0][0]
-        )
+        how = schedule, stagger, graphs, progress
+        first = given.images[0] if given.indices else self._sample([replace(request, known=None)], *how)[0][0]
         whole = replace(request, frames=request.frames + 1, known=loop_frames(first), extend="forward")
-        return self._sample([whole], schedule, stagger, graphs, progress)[0][:-1]
+        return self._sample([whole], *how)[0][:-1]
 
     def _sample(self, requests: list[Request], schedule: list[Step], stagger: int, graphs: bool | None, progress) -> list[Clip]:
         own = self.config.guidance
