@@ -78,12 +78,12 @@ def sample(requests: list[tuple[int, int, int]], device: torch.device, precision
     def one_by_one(each: list[Request], engine: Engine = engine) -> list[Tensor]:
         return frames([engine.sample(request, **options) for request in each])
 
-    found = [Implementation("tubelet", lambda each: lambda: frames(engine.sample(each, **options)), ours=True)]
+    def run(each: list[Request], **how: bool) -> list[Tensor]:
+        return frames(engine.sample(each, **options, **how))
+
+    found = [Implementation("tubelet", lambda each: lambda: run(each), ours=True)]
     if device.type == "cuda":
-        eager = {"graphs": False}
-        found.append(
-            Implementation("tubelet, no graph", lambda each: lambda: frames(engine.sample(each, **options, **eager)), (), True, False)
-        )
+        found.append(Implementation("tubelet, no graph", lambda each: lambda: run(each, graphs=False), ours=True, comparable=False))
     if len(requests) > 1:
         found.append(Implementation("tubelet one by one", lambda each: lambda: one_by_one(each), ours=True, comparable=False))
     pixels = sum(t * h * w for t, h, w in requests)
