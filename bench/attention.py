@@ -103,6 +103,8 @@ class Shape:
         implementations = [ours("auto", "tubelet"), *attention_peers(setup, with_fp8, self.backward)]
         if device.type == "cuda" and not self.backward:
             implementations.append(ours("torch", "tubelet in torch", comparable=False))
+        if device.type == "cuda":  # of which "auto" takes one
+            implementations.append(ours("triton", "tubelet in Triton", comparable=False))
         pairs, wide = visible_pairs(layout, self.mask, kv_layout), 1 if self.fp8 else dtype.itemsize
         rows = 2 * layout.tokens * self.heads + 2 * kv_layout.tokens * kv_heads  # q and out, k and v
         moved = self.head_dim * rows * wide

@@ -13,6 +13,7 @@ from ..fp8 import FP8, Scales
 from ..layout import VideoLayout
 from ..masks import Mask
 from ..rotary import NormRope, check_norm_rope, qk_norm_rope
+from .choice import Stretch, stretches
 from .merge import merge_attention
 from .operator import implementations, operator, run
 
@@ -62,6 +63,12 @@ def attention(
         raise ValueError("norm_rope: expected with q and k of one layout, and without scales, since it is done before both")
     if norm_rope is not None:
         check_norm_rope(q, k, norm_rope)
+    if implementation == "auto" and not (return_lse or scales or text_lengths is not None or torch.compiler.is_compiling()):
+        parts = stretches(q, layout, mask, kv_layout)
+        if parts:
+            if norm_rope is not None:
+                q, k = qk_norm_rope(q, k, **norm_rope._asdict())
+            return _by_stretches(q, k, v, parts, mask, scale)
     # Autograd and FLOP counters know what torch does; what it does not know, and what a graph should not look into, is an operator.
     triton = choose("attention", implementation, *implementations(q, return_lse)) == "triton"
     if norm_rope is not None and not (triton and _on_load(q, mask, norm_rope)):
@@ -80,6 +87,18 @@ def attention(
             layout.handle, kv_layout.handle, rule, mask.same_site, scale, return_lse, implementation,
         )  # fmt: skip
     return (out, lse.detach()) if return_lse else out
+
+
+def _by_stretches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts: list[Stretch], mask: Mask, scale: float | None) -> torch.Tensor:
+    """Of clips that the library serves, and of those between them."""
+    queries, keys = ([getattr(part, name) for part in parts] for name in ("queries", "keys"))
+    outs = [
+        attention(
+            *qkv, part.layout, mask, kv_layout=part.kv_layout, scale=scale, implementation="torch" if part.library else "triton"
+        )
+        for part, *qkv in zip(parts, q.split(queries), k.split(keys), v.split(keys), strict=True)
+    ]  # fmt: skip
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _on_load(q: torch.Tensor, mask: Mask, how: NormRope) -> bool:

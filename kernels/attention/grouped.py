@@ -84,7 +84,7 @@ def attention_grouped_backward(
     wide = torch.promote_types(q.dtype, torch.float32)
     grads = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v)]
     group = q.shape[1] // k.shape[1]
-    k, v, batches = _present(k, v, _batches(layout, mask, kv_layout), kv_layout, text_lengths)
+    k, v, batches = _present(k, v, batches_of(layout, mask, kv_layout), kv_layout, text_lengths)
     for batch in batches:
         # (n, kv heads, groups, m or l, d)
         qs, dos = (x[batch.queries].to(wide).unflatten(2, (-1, group)).permute(0, 2, 3, 1, 4) for x in (q, do))
@@ -107,7 +107,7 @@ def attention_grouped_backward(
 
 def _grouped(q, k, v, layout, mask, kv_layout, scale, text_lengths, with_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(out (tokens, heads, d), lse (tokens, heads) or None)."""
-    k, v, batches = _present(k, v, _batches(layout, mask, kv_layout), kv_layout, text_lengths)
+    k, v, batches = _present(k, v, batches_of(layout, mask, kv_layout), kv_layout, text_lengths)
     stretches = not with_lse and all(each.queries_view for each in batches) and sum(each.queries.numel() for each in batches) == len(q)
     outs, sums = [], []
     for batch in batches:
@@ -186,7 +186,8 @@ def _put(out: torch.Tensor, view: tuple[int, ...]) -> torch.Tensor:
     return out.unflatten(0, view[1:3]).permute(0, 3, 1, 2, 4).flatten(0, 2)
 
 
-def _batches(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> list[Batch]:
+def batches_of(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> list[Batch]:
+    """What `attention_grouped` gives to SDPA, call by call."""
     key = ("grouped", mask, None if kv_layout is layout else tuple(kv_layout.clips))
     if key not in layout.cache:
         with torch.inference_mode(False):  # the next pass over this layout may have a gradient
@@ -206,12 +207,12 @@ def _plan(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> list[Batch
                 # Texts differ in length by a few tokens: filled up to a common length (with the clip's own first key, hidden) they make one
                 # batch. The length depends on the text alone, so a clip's result does not depend on what it is packed with.
                 length = -(-keys.shape[1] // TEXT_MULTIPLE) * TEXT_MULTIPLE
-                visible = torch.arange(length)[None, None, None] < keys.shape[1]
+                visible = None if length == keys.shape[1] else torch.arange(length)[None, None, None] < keys.shape[1]
                 keys = torch.cat((keys, keys[:, :1].expand(-1, length - keys.shape[1])), dim=1)
             shared = None if visible is None or visible.dim() == 4 else visible.numpy().tobytes()
             # The sites of several clips in one batch are a copy, which pays where the clips are small.
             alone = query.start if mask.same_site and queries.numel() >= OWN_TOKENS else -1
-            buckets[queries.shape[1], keys.shape[1], shared or b"", alone].append((queries, keys, visible))
+            buckets[queries.shape[1], keys.shape[1], visible is None, shared or b"", alone].append((queries, keys, visible))
     batches = []
     # Sorted, so that the gradients of a key that several batches share are added in an order that does not depend on the other clips.
     for _, blocks in sorted(buckets.items(), key=lambda item: item[0]):
