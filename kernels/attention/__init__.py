@@ -48,6 +48,7 @@ def attention(
     dim), else it is called. text_lengths: int32 (clips,), of the keys of each clip's text how many are there, the first ones; the others
     are padding that no query sees, whatever stands there, and have a gradient of zero (through norm_rope, which is done before, if they are
     numbers). Lengths below zero or past the text's end are clamped. The host does not read it. Not for Temporal.
+    implementation: "auto" is Triton's on a GPU, but for long clips on Hopper, where SDPA was measured to be faster (see `choice`).
     return_lse: also return the log of the sum of exp(scale * q k^T) over each query's keys, with which `merge_attention` joins results over
     parts of the keys; gradients do not flow back through it.
 
