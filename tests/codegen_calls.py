@@ -79,27 +79,40 @@ def patches(dim: int, way: str = "", channels: int = 16, patch: tuple[int, int, 
     """Embedding of clips, or its backward pass, or projection and norm and back to the clips, of clips of one size or of several."""
 
     def run():
-        from tubelet.kernels.patch_embed import fused
+        from tubelet.kernels.patch_embed.clips import Source
+        from tubelet.kernels.patch_embed.embed import embed
+        from tubelet.kernels.patch_embed.gradients import (
+            gradient_of_table,
+            gradient_of_tokens,
+            gradients_of_parameters,
+            products_over_tokens,
+        )
+        from tubelet.kernels.patch_embed.project import project_tokens
 
         clips = [meta(channels, *size) for size in sizes]
         tokens = sum(t // patch[0] * (h // patch[1]) * (w // patch[2]) for t, h, w in sizes)
-        source = fused.Source.of(clips, patch)
+        source = Source.of(clips, patch)
         if "of tokens" in way:
-            source = fused.Source.of([meta(tokens, source.elements)], [])
+            source = Source.of([meta(tokens, source.elements)], [])
         x, weight, rows = meta(tokens, dim), meta(dim, source.elements), meta(tokens, dtype=torch.int32)
         if "backward" in way:
-            fused.scatter("", x, weight, source, across=True)
-            fused.gradient_of_weight("", x, source, x.dtype, False)
-            return fused.gradient_of_table("", x, rows, 64)
+            project_tokens("", x, weight, source, across=True)
+            products_over_tokens("", meta(tokens, source.elements), x, x.dtype, wide_sums=True)
+            return gradient_of_table("", x, rows, 64)
         if "unpatchify" in way:
             shift, scale = meta(21, 2, dim).unbind(1)
             norm = {"shift": shift, "scale": scale, "rows": rows, "kind": "layer", "eps": 1e-6}
-            return fused.scatter("", x, meta(source.elements, dim), source, bias=meta(source.elements), **norm)
+            if "gradients" in way:
+                d, statistics = meta(tokens, source.elements), meta(tokens, 2, dtype=torch.float32)
+                made = d, d, x, statistics, meta(source.elements, dim), meta(source.elements), shift, scale, rows, None, None, "layer"
+                gradient_of_tokens("", *made)
+                return gradients_of_parameters("", *made)
+            return project_tokens("", x, meta(source.elements, dim), source, bias=meta(source.elements), **norm)
         added = {"positions": [x]} if "positions" in way else {}
         if "tables" in way:
             added = {"positions": [meta(64, dim)] * 3, "places": meta(tokens, 3, dtype=torch.float32)}
             added |= {"known": meta(tokens, dtype=torch.bool), "known_weight": meta(dim)}
-        return fused.embed("", source, weight, tokens, x.dtype, bias=meta(dim), **added)
+        return embed("", source, weight, tokens, x.dtype, bias=meta(dim), **added)
 
     return run
 
@@ -220,6 +233,10 @@ CALLS: dict[str, Call] = {
     ),
     **{f"patches{way} {dim}": Call(patches(dim, way)) for dim, way in ((1536, ""), (1536, " tables"), (1536, " unpatchify"))},
     **{f"patches{way} 5120": Call(patches(5120, way), GPUS[1:2]) for way in ("", " of tokens", " unpatchify", " unpatchify of tokens")},
+    **{
+        f"patches unpatchify gradients {dim} of {channels}": Call(patches(dim, " unpatchify gradients", channels), gpus, ("sum_parts",))
+        for dim, channels, gpus in ((1536, 16, GPUS), (5120, 16, GPUS[1:2]), (3072, 48, GPUS[1:2]))
+    },
     **{f"patches backward {dim}": Call(patches(dim, " backward"), gpus, ("sum_rows",)) for dim, gpus in ((1536, GPUS), (5120, GPUS[1:2]))},
     "patches of several sizes 1536": Call(patches(1536, sizes=((21, 60, 104), (1, 128, 128), (5, 40, 72))), narrow=("describe_clips",)),
     **{  # CogVideoX 2B, and 1.5, whose rows of 90 and 170 pixels are aligned to 4 bytes

@@ -2,6 +2,7 @@
 compiled on a GPU (-m gpu).
 """
 
+from contextlib import ExitStack
 from functools import partial
 from unittest import mock
 
@@ -26,7 +27,10 @@ from tubelet.kernels import (
     unpatchify,
 )
 
-fused = pytest.importorskip("tubelet.kernels.patch_embed.fused", reason="triton is not installed")
+clips_module = pytest.importorskip("tubelet.kernels.patch_embed.clips", reason="triton is not installed")
+embed_module, project_module, gradients = (
+    pytest.importorskip(f"tubelet.kernels.patch_embed.{name}") for name in ("embed", "project", "gradients")
+)
 operator = pytest.importorskip("tubelet.kernels.patch_embed.operator")
 norms = pytest.importorskip("tubelet.kernels.norms.fused")
 
@@ -39,7 +43,12 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" e
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_patch = pytest.mark.parametrize("patch", [*PATCHES, (4, 2, 2), (1, 3, 3), (1, 1, 8)], ids=str)
 EVEN = [(3, 4, 16)] * 3
-EACH_KERNEL = ("describe_clips", "clips_to_tokens", "fold_norm", "tokens_to_clips", "weight_gradient", "sum_rows")
+EACH_KERNEL = {
+    clips_module: ("describe_clips",),
+    embed_module: ("clips_to_tokens",),
+    project_module: ("fold_norm", "tokens_to_clips"),
+    gradients: ("token_products", "sum_parts", "folded_gradient", "sum_rows"),
+}
 
 check_embed = partial(plain.check_embed, "triton", device=DEVICE)
 check_projection = partial(plain.check_projection, "triton", device=DEVICE)
@@ -51,7 +60,7 @@ def little_for_the_interpreter():
     if DEVICE == "cuda":
         yield
         return
-    with mock.patch.multiple(fused, SPLITS=2, AT_ONCE=5):
+    with mock.patch.object(gradients, "SPLITS", 2), mock.patch.object(clips_module, "AT_ONCE", 5):
         yield
 
 
@@ -113,6 +122,19 @@ def test_norms(dtype, kind):
     check_projection(dtype=dtype, kind=kind, dim=200, mean=3.0, sizes=[(1, 6, 4)])
 
 
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_gradients_of_a_folded_norm(dtype, kind):
+    """However few tokens share a row of the tables."""
+    with mock.patch.object(gradients, "FOLDED", 0), mock.patch.object(gradients, "CHUNK", 64):
+        reset_engaged()
+        check_projection(dtype=dtype, kind=kind, affine=True, pack={"text": [2, 1]}, sizes=SIZES[1:3])
+        check_projection(dtype=dtype, kind=kind, affine=True, table=False, pack=ROOM | {"text": [0, 1]}, sizes=SIZES[1:3])
+        check_projection(dtype=dtype, kind=kind, dim=200, mean=3.0, sizes=[(1, 12, 14)])
+        check_projection(dtype=dtype, kind=kind, dim=72, channels=33, sizes=[(1, 7, 3), (1, 4, 4)], affine=True)  # two blocks of elements
+    assert "norm_backward" not in kernels_of("unpatchify") and kernels_of("unpatchify")["folded_gradient"] == 4
+
+
 @every_dtype
 def test_the_mean_does_not_cancel(dtype):
     """Where it is thirty times the deviation, and where a channel is three hundred times that."""
@@ -132,7 +154,7 @@ def test_a_norm_is_folded_into_the_weight_ahead_or_on_the_way(kind):
     rows = (torch.arange(300, dtype=torch.int32, device=DEVICE) // 64).clamp(max=3)
 
     def project(rows, ahead):
-        with mock.patch.multiple(fused, FOLDED=0 if ahead else 300):
+        with mock.patch.object(project_module, "FOLDED", 0 if ahead else 300):
             return final_layer(x, weight, bias, norm=norm, rows=rows, implementation="triton")
 
     out = project(rows, True)
@@ -159,9 +181,9 @@ def test_many_tokens():
         pack={"text": [0, 0]},
         known=True,
     )
-    with mock.patch.multiple(fused, SUMMED=1, CHUNKS=(1, 3), PROGRAMS=1):
+    with mock.patch.object(gradients, "CHUNK", 128), mock.patch.object(embed_module, "PROGRAMS", 1):
         check_embed(sizes=[(2, 21, 13), (1, 24, 26)], channels=2, dim=200)
-    with mock.patch.multiple(fused, SUMMED=1):
+    with mock.patch.object(gradients, "CHUNK", 128):
         check_projection(sizes=[(2, 21, 13), (1, 24, 26)], channels=2)
 
 
@@ -227,7 +249,7 @@ def test_rows_aligned_or_not(dtype, side):
     store = randn(3 * 2 * 4 * side + 1, dtype=dtype)
     for offset in (0, 1):
         clip = store[offset : offset + 3 * 2 * 4 * side].view(3, 2, 4, side)
-        wanted = fused._vector([clip], (1, 2, 2))[1]
+        wanted = clips_module._vector([clip], (1, 2, 2))[1]
         aligned = max(n for n in (1, 2, 4, 8) if side % n == 0 and n * dtype.itemsize <= 16) if offset == 0 else 1
         assert wanted == aligned
         compare(
@@ -247,7 +269,7 @@ def test_clips_of_one_tensor_are_one_launch():
     clips = [randn(3, 1, 2 + i % 5, 4 + i % 3, seed=i) for i in range(130)]  # more than a program looks through at once
     out = patch_embed(clips, randn(8, 12), implementation="triton")
     assert_close(out, patchify(clips).double() @ randn(8, 12).double().T, torch.float32)
-    assert kernels_of("patch_embed") == {"describe_clips": -(-130 // fused.AT_ONCE), "clips_to_tokens": 1}
+    assert kernels_of("patch_embed") == {"describe_clips": -(-130 // clips_module.AT_ONCE), "clips_to_tokens": 1}
 
 
 @pytest.mark.parametrize("products", [torch.float16, torch.float32], ids=str)
@@ -379,10 +401,17 @@ def test_registered_as_it_should_be():
     where = [1, 2, 2], [side for clip in clips for side in clip.shape[1:]], [clip.video_start for clip in layout.clips]
     torch.library.opcheck(torch.ops.tubelet.final_layer, (x, back, None, *norm, *where, "unpatchify", "triton"))
     torch.library.opcheck(torch.ops.tubelet.final_layer, (x, back, None, *[None] * 6, 0.0, [], [], [], "final_layer", "triton"))
-    given = [each.detach() if isinstance(each, torch.Tensor) else each for each in (x, back, None, *norm)]
-    d = torch.ops.tubelet.final_layer(*given, *where, "unpatchify", "triton")
     wanted = [True, True, False, True, True, True, False]
-    torch.library.opcheck(torch.ops.tubelet.final_layer_backward, (d, *given, *where, wanted, "unpatchify"))
+    for dtype in (torch.float32, DTYPES[-1]):  # whose norm is folded
+        given = [each.detach() if isinstance(each, torch.Tensor) else each for each in (x, back, None, *norm)]
+        given = [each.to(dtype) if isinstance(each, torch.Tensor) and each.is_floating_point() else each for each in given]
+        result = torch.ops.tubelet.final_layer(*given, *where, "unpatchify", "triton")
+        for most in (0, 10**6):
+            with mock.patch.object(gradients, "FOLDED", most):
+                torch.library.opcheck(
+                    torch.ops.tubelet.final_layer_backward, (result[0], *result, *given, *where, wanted, "unpatchify"),
+                    test_utils=("test_schema", "test_faketensor"),
+                )  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", *(["inductor"] if DEVICE == "cuda" else [])])
@@ -463,7 +492,10 @@ def replayed(call):
             results = call()
         return results, graph.replay
     launches = []
-    with mock.patch.multiple(fused, **{name: Recorder(getattr(fused, name), launches) for name in EACH_KERNEL}):
+    with ExitStack() as stack:
+        for module, names in EACH_KERNEL.items():
+            recorders = {name: Recorder(getattr(module, name), launches) for name in names}
+            stack.enter_context(mock.patch.multiple(module, **recorders))
         results = call()
     return results, lambda: [launch() for launch in launches]
 
@@ -474,7 +506,7 @@ def test_replay_with_other_contents(dtype):
     clips = [clip.to(DEVICE) for clip in plain.clips_of(SIZES, dtype=dtype)]
     back = [torch.empty(3, *size, device=DEVICE, dtype=dtype) for size in SIZES]
     layout = pack(clips)
-    source, target = fused.Source.of(clips, (1, 2, 2)), fused.Source.of(back, (1, 2, 2))
+    source, target = clips_module.Source.of(clips, (1, 2, 2)), clips_module.Source.of(back, (1, 2, 2))
     weight, out_weight, shift, scale = (
         randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(((24, 12), (12, 24), (3, 24), (3, 24)))
     )
@@ -483,8 +515,8 @@ def test_replay_with_other_contents(dtype):
 
     def call():
         added = {"positions": tables, "places": layout.positions, "known": known, "known_weight": marks}
-        x = fused.embed("", source, weight, layout.tokens, dtype, **added)
-        fused.scatter("", x, out_weight, target, shift=shift, scale=scale, rows=rows, kind="layer", eps=1e-6)
+        x = embed_module.embed("", source, weight, layout.tokens, dtype, **added)
+        project_module.project_tokens("", x, out_weight, target, shift=shift, scale=scale, rows=rows, kind="layer", eps=1e-6)
         return [x, *back]
 
     results, replay = replayed(call)
@@ -523,17 +555,21 @@ def test_the_kernels_that_run():
     x = patch_embed(clips, weight, positions=tables, layout=layout, implementation="triton")
     joined(unpatchify(x, layout, 3, weight=back, norm=Modulation(None, None), implementation="triton")).sum().backward()
     separate = {name: n for name, n in kernels_of("patch_embed").items() if name != "describe_clips"}  # as the allocator has it
-    assert separate == {"clips_to_tokens": 1, "tokens_to_clips": 1, "weight_gradient": 1, "sum_rows": 3}
+    assert separate == {"clips_to_tokens": 1, "tokens_to_clips": 1, "token_products": 1, "sum_parts": 1, "sum_rows": 3}
     assert kernels_of("unpatchify") == {
-        "tokens_to_clips": 1, "norm_forward": 1, "weight_gradient": 1, "clips_to_tokens": 1, "norm_backward": 1
+        "tokens_to_clips": 1, "norm_forward": 1, "token_products": 1, "sum_parts": 1, "clips_to_tokens": 1, "norm_backward": 1
     }  # fmt: skip
 
 
 def test_the_kernels_of_a_norm_in_half_precision():
     reset_engaged()
-    x, back = randn(64, 16, dtype=DTYPES[-1]), randn(12, 16, dtype=DTYPES[-1], seed=1)
-    final_layer(x, back, norm=Modulation(None, None), implementation="triton")
+    x, back = leaves((randn(64, 16, dtype=DTYPES[-1]), randn(12, 16, dtype=DTYPES[-1], seed=1)))
+    out = final_layer(x, back, norm=Modulation(None, None), implementation="triton")
     assert kernels_of("final_layer") == {"fold_norm": 1, "tokens_to_clips": 1}
+    out.sum().backward()
+    assert kernels_of("final_layer") == {
+        "fold_norm": 2, "tokens_to_clips": 1, "folded_gradient": 1, "token_products": 1, "sum_parts": 2
+    }  # fmt: skip
 
 
 def test_no_tokens():

@@ -396,7 +396,7 @@ def norm_fused(op, x, y, gate, rows, shift, scale, weight, bias, kind, eps, tanh
     return out, normed, scales
 
 
-def _chunks(rows: torch.Tensor, table_rows: int, size: int) -> tuple[torch.Tensor, ...]:
+def chunks_of_rows(rows: torch.Tensor, table_rows: int, size: int) -> tuple[torch.Tensor, ...]:
     """Tokens in the order of their rows; where each row starts among them, and in the chunks of `size` that its tokens fall into; and whose
     each chunk is: table_rows for those past the last, as their number is only bounded here.
     """
@@ -424,7 +424,7 @@ def norm_fused_backward(op, dnormed, dout, x, y, gate, rows, shift, scale, weigh
     chunk = chunk_size(at_once) if sums else at_once
     if sums and rows is not None:
         table_rows = next(len(each) for each in (gate, scale, shift) if each is not None)
-        table = _chunks(rows, table_rows, chunk)
+        table = chunks_of_rows(rows, table_rows, chunk)
     elif sums:
         chunk = max(chunk, triton.cdiv(triton.cdiv(tokens, MOST_CHUNKS), at_once) * at_once)
     chunks = triton.cdiv(tokens, chunk) if table[3] is None else len(table[3])

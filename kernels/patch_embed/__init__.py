@@ -20,9 +20,10 @@ Wan) for a dim of thousands, so that the tokens' bandwidth is the floor. In bflo
     backward of patch_embed         1536    101 MB twice, 4.2 MB twice  13 GFLOP     63 us
 
 Tables of positions per axis are small, and are read from the caches. In half precision `unpatchify` reads each row of tokens once: the norm
-is done to the weight, for each row of the modulation, and corrected by the token's statistics in the end. Else it reads each row twice,
-once for the statistics, once to normalise it; what is between the two is meant to stay in the second-level cache. The backward pass
-computes the norm again.
+is done to the weight, for each row of the modulation, and corrected by the token's statistics in the end. Backwards, what the norm needs of
+all channels follows from the projection's result, so that tokens are read twice, once for their gradient and once for those of the
+parameters. Else it reads each row twice, once for the statistics, once to normalise it; what is between the two is meant to stay in the
+second-level cache; and the backward pass computes the norm again.
 """
 
 import math
@@ -46,7 +47,9 @@ from .reference import (
 )
 
 if HAS_TRITON:
-    from . import fused, operator
+    from . import clips as _clips
+    from . import operator
+    from . import project as _project
 
 __all__ = ["final_layer", "grid_of", "patch_embed", "patchify", "unpatchify"]
 
@@ -139,7 +142,7 @@ def final_layer(
     _check_projection(tokens, weight, bias, norm, rows)
     available = _projections(tokens, weight, bias, norm)
     if choose("final_layer", implementation, *available) == "triton":
-        return operator.project(tokens, weight, bias, *_parted(norm, rows), [], [], [], "final_layer", implementation)
+        return operator.project(tokens, weight, bias, *_parted(norm, rows), [], [], [], "final_layer", implementation)[0]
     return select("final_layer", implementation, *available)(tokens, weight, bias, norm, rows)
 
 
@@ -187,7 +190,7 @@ def unpatchify(
             sizes = sizes or [tuple(n * p for n, p in zip(clip.grid, patch, strict=True)) for clip in layout.clips]
             flat = [side for size in sizes for side in size]
             starts = [clip.video_start for clip in layout.clips]
-            out = operator.project(tokens, weight, bias, *_parted(norm, rows), list(patch), flat, starts, "unpatchify", implementation)
+            out = operator.project(tokens, weight, bias, *_parted(norm, rows), list(patch), flat, starts, "unpatchify", implementation)[0]
             return operator.parts(out, channels, flat)
         tokens = select("unpatchify", implementation, *available)(tokens, weight, bias, norm, rows)
     return [
@@ -220,14 +223,14 @@ def _embeddings(weight: Tensor, *others) -> tuple[dict, dict]:
     available = {"torch": patch_embed_torch, "reference": patch_embed_reference}
     if not HAS_TRITON:
         return with_triton(weight, available)
-    return with_triton(weight, available, operator.patch_embed, fused.unavailable(weight, *others))
+    return with_triton(weight, available, operator.patch_embed, _clips.unavailable(weight, *others))
 
 
 def _projections(tokens: Tensor, weight: Tensor, bias: Tensor | None, norm: Modulation | None) -> tuple[dict, dict]:
     available = {"torch": final_layer_torch, "reference": final_layer_reference}
     if not HAS_TRITON:
         return with_triton(weight, available)
-    reason = fused.unavailable(weight, tokens, bias) or fused.unavailable_norm(tokens, norm)
+    reason = _clips.unavailable(weight, tokens, bias) or _project.unavailable_norm(tokens, norm)
     return with_triton(weight, available, operator.project, reason)
 
 

@@ -1,4 +1,4 @@
-"""Patch embedding and its inverse as operators of torch.library, of what the kernels of `fused` compute, with their gradients.
+"""Patch embedding and its inverse as operators of torch.library, of what the kernels compute, with their gradients.
 
 Several clips come out as one tensor, whose views they are: the results of an operator may not share memory. The
 backward pass of a projection computes its norm again, by the norm's own kernels, forwards and backwards: between them lies an embedding of
@@ -15,8 +15,11 @@ from torch import Tensor
 from ..dispatch import NO_GLUON, as_operator, select
 from ..layout import VideoLayout
 from ..norms import fused as norms
-from .fused import Source, as_clip, embed, gradient_of_table, gradient_of_weight, one_after_the_other, scatter
-from .reference import check_layout, grid_of, video_rows, without_gaps
+from .clips import Source, as_clip, one_after_the_other
+from .embed import embed
+from .gradients import MOST_ELEMENTS, few_rows, gradient_of_table, gradient_of_tokens, gradients_of_parameters, products_over_tokens
+from .project import folds, project_tokens
+from .reference import check_layout, grid_of, pack_pieces, patches, video_rows, without_gaps
 
 
 def parts(flat: Tensor, channels: int, sides: Sequence[int]) -> list[Tensor]:
@@ -45,6 +48,11 @@ def _or_empty(like: Tensor, *results: Tensor | None) -> tuple[Tensor, ...]:
 
 def _rows_contiguous(d: Tensor) -> Tensor:
     return d if d.shape[1] == 1 or d.stride(1) == 1 else d.contiguous()
+
+
+def _in_tokens(clips: Sequence[Tensor], patch: Sequence[int], layout: VideoLayout | None) -> Tensor:
+    """Patches where their tokens are."""
+    return pack_pieces([patches(clip, patch) for clip in clips], layout)
 
 
 def _to(x: Tensor | None, like: Tensor | None) -> Tensor | None:
@@ -110,11 +118,12 @@ def patch_embed_backward(
         else:
             dsources = sources[0].new_empty(sources[0].shape)
             clips = [as_clip(dsources)]
-        scatter(op, d, weight, source._replace(clips=clips), across=True)
-    if wanted[1] or wanted[2]:
-        dweight, dbias = gradient_of_weight(op, d, source, weight.dtype, False if wanted[2] else None)
-        dweight, dbias = dweight.to(weight.dtype) if wanted[1] else None, _to(dbias, bias)
+        project_tokens(op, d, weight, source._replace(clips=clips), across=True)
     video = None if without_gaps(where) else where.table("video rows", video_rows)
+    if wanted[1] or wanted[2]:
+        narrow = _in_tokens(sources, patch, where) if patch else sources[0]
+        products, _, sums = products_over_tokens(op, narrow, d, weight.dtype, used=video, wide_sums=wanted[2])
+        dweight, dbias = products[0].T.to(weight.dtype).contiguous() if wanted[1] else None, _to(sums[0], bias) if wanted[2] else None
     dtables = [None] * 3
     if len(positions) == 1 and wanted[3]:
         dtables[0] = d.to(positions[0].dtype, copy=True) if video is None else torch.where(video[:, None], d, 0).to(positions[0].dtype)
@@ -182,13 +191,15 @@ def project(
     starts: list[int],
     op: str,
     implementation: str,
-) -> Tensor:
-    """`unpatchify` with a weight, to clips (as of `parts`) of these sides whose tokens start there; `final_layer` if patch is empty."""
-    run = select(op, implementation, {"triton": scatter}, {"gluon": NO_GLUON})
+) -> tuple[Tensor, Tensor]:
+    """`unpatchify` with a weight, to clips (as of `parts`) of these sides whose tokens start there; `final_layer` if patch is empty. And
+    the statistics of the tokens (`project_tokens`), empty where the norm is not folded.
+    """
+    run = select(op, implementation, {"triton": project_tokens}, {"gluon": NO_GLUON})
     out = weight.new_empty(_length(len(weight) // math.prod(patch), sides) if patch else (len(x), len(weight)))
     norm = {"shift": shift, "scale": scale, "rows": rows, "norm_weight": norm_weight, "norm_bias": norm_bias, "kind": kind, "eps": eps}
-    run(op, x, weight, _target(out, len(weight), patch, sides, starts), bias=bias, **norm)
-    return out
+    statistics = run(op, x, weight, _target(out, len(weight), patch, sides, starts), bias=bias, **norm)
+    return out, x.new_empty(0, 2, dtype=torch.float32) if statistics is None else statistics
 
 
 def _target(out: Tensor, elements: int, patch: Sequence[int], sides: Sequence[int], starts: Sequence[int]) -> Source:
@@ -199,12 +210,15 @@ def _target(out: Tensor, elements: int, patch: Sequence[int], sides: Sequence[in
 
 @project.register_fake
 def _(x, weight, bias, shift, scale, rows, norm_weight, norm_bias, kind, eps, patch, sides, starts, op, implementation):
-    return weight.new_empty(_length(weight.shape[0] // math.prod(patch), sides) if patch else (x.shape[0], weight.shape[0]))
+    out = weight.new_empty(_length(weight.shape[0] // math.prod(patch), sides) if patch else (x.shape[0], weight.shape[0]))
+    return out, x.new_empty((x.shape[0] if folds(x, weight, kind) else 0, 2), dtype=torch.float32)
 
 
 @as_operator("tubelet::final_layer_backward")
 def project_backward(
     d: Tensor,
+    out: Tensor,
+    statistics: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -226,26 +240,43 @@ def project_backward(
     Tokens of no clip have no part in it, whatever they hold.
     """
     source = _target(d.contiguous() if patch else _rows_contiguous(d), len(weight), patch, sides, starts)
-    dx = dweight = dbias = dshift = dscale = dnorm_weight = dnorm_bias = None
     x_all, spans = x, None
     if patch:
         spans = [(start, start + math.prod(grid_of(clip, patch))) for start, clip in zip(starts, source.clips, strict=True)]
         x, rows = _only(x, spans), None if rows is None else _only(rows, spans)
-        source = source._replace(starts=one_after_the_other(source.clips, patch))
-    normed = x
-    if kind is not None and (wanted[1] or wanted[2]):
-        normed = norms.norm_fused(op, x, None, None, rows, shift, scale, norm_weight, norm_bias, kind, eps, False, False, False)[1]
-    if wanted[1] or wanted[2]:
-        dweight, dbias = gradient_of_weight(op, normed, source, weight.dtype, True if wanted[2] else None)
-        dweight, dbias = dweight.T.to(weight.dtype).contiguous() if wanted[1] else None, _to(dbias, bias)
-    if wanted[0] or any(wanted[3:]):
-        dx = embed(op, source, weight, len(x), x.dtype, across=True)
-        if kind is not None:
-            wants = [wanted[0], False, False, *wanted[3:]]
-            dx, _, _, dshift, dscale, dnorm_weight, dnorm_bias = norms.norm_fused_backward(
-                op, dx, None, x, None, None, rows, shift, scale, norm_weight, norm_bias, kind, eps, False, x.dtype, wants
-            )
-        dx = _among(dx, spans, x_all) if wanted[0] and spans else dx
+        statistics = _only(statistics, spans) if len(statistics) else statistics
+    in_tokens = torch.cat([patches(clip, patch) for clip in source.clips]) if patch else _rows_contiguous(d)
+    dx = dweight = dbias = dshift = dscale = dnorm_weight = dnorm_bias = None
+    folded = len(statistics) and len(weight) <= MOST_ELEMENTS
+    if folded:
+        out = torch.cat([patches(clip, patch) for clip in _target(out, len(weight), patch, sides, starts).clips]) if patch else out
+        made = in_tokens, out, x, statistics, weight, bias, shift, scale, rows, norm_weight, norm_bias, kind
+        if wanted[0]:
+            dx = gradient_of_tokens(op, *made)
+    if folded and few_rows(len(weight), len(x), shift, scale):
+        if any(wanted[1:]):
+            dweight, dbias, dshift, dscale, dnorm_weight, dnorm_bias = gradients_of_parameters(op, *made)
+    else:
+        normed = x
+        if kind is not None and wanted[1]:
+            normed = norms.norm_fused(op, x, None, None, rows, shift, scale, norm_weight, norm_bias, kind, eps, False, False, False)[1]
+        if wanted[1]:
+            dweight = products_over_tokens(op, in_tokens, normed, weight.dtype).products[0].to(weight.dtype)
+        if wanted[2]:
+            dbias = in_tokens.sum(0, dtype=torch.float32).to(bias.dtype)
+        if (wanted[0] and dx is None) or any(wanted[3:]):
+            if patch:
+                source = source._replace(starts=one_after_the_other(source.clips, patch))
+            dnormed = embed(op, source, weight, len(x), x.dtype, across=True)
+            if kind is None:
+                dx = dnormed
+            else:
+                wants = [wanted[0] and dx is None, False, False, *wanted[3:]]
+                found, _, _, dshift, dscale, dnorm_weight, dnorm_bias = norms.norm_fused_backward(
+                    op, dnormed, None, x, None, None, rows, shift, scale, norm_weight, norm_bias, kind, eps, False, x.dtype, wants
+                )
+                dx = found if dx is None else dx
+    dx = _among(dx, spans, x_all) if wanted[0] and spans else dx
     results = dx, dweight, dbias, dshift, dscale, dnorm_weight, dnorm_bias
     return _or_empty(d, *(result if want else None for result, want in zip(results, wanted, strict=True)))
 
@@ -269,17 +300,17 @@ def _among(dx: Tensor, spans: Sequence[tuple[int, int]], x: Tensor) -> Tensor:
 
 
 @project_backward.register_fake
-def _(d, x, weight, bias, shift, scale, rows, norm_weight, norm_bias, kind, eps, patch, sides, starts, wanted, op):
+def _(d, out, statistics, x, weight, bias, shift, scale, rows, norm_weight, norm_bias, kind, eps, patch, sides, starts, wanted, op):
     likes = x, weight, bias, shift, scale, norm_weight, norm_bias
     return tuple(like.new_empty(like.shape) if want else d.new_empty(0) for like, want in zip(likes, wanted, strict=True))
 
 
 def _save_projection(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:8])
+    ctx.save_for_backward(*output, *inputs[:8])
     ctx.rest, ctx.op = inputs[8:13], inputs[13]
 
 
-def _project_backward(ctx, d):
+def _project_backward(ctx, d, _):
     need = ctx.needs_input_grad
     wanted = [*need[:5], *need[6:8]]
     grads = project_backward(d, *ctx.saved_tensors, *ctx.rest, wanted, ctx.op)

@@ -70,7 +70,7 @@ def patch_embed_torch(
     dtype: torch.dtype,
 ) -> Tensor:
     """A library's product; what is added to it is summed in float32, and rounded once."""
-    x = source if isinstance(source, Tensor) else _pack([patches(clip, patch) for clip in source], layout)
+    x = source if isinstance(source, Tensor) else pack_pieces([patches(clip, patch) for clip in source], layout)
     out = F.linear(x.to(weight.dtype), weight, bias)
     return _finish(out, torch.promote_types(dtype, torch.float32), positions, layout, known, known_weight, dtype)
 
@@ -87,12 +87,12 @@ def patch_embed_reference(source, weight, bias, patch, positions, layout, known,
             padded = F.pad(clip.double(), (0, fill[2], 0, fill[1], 0, fill[0]))
             kernel = weight.view(weight.shape[0], clip.shape[0], *patch)
             out.append(F.conv3d(padded[None], kernel, stride=patch)[0].flatten(1).T)
-        out = _pack(out, layout)
+        out = pack_pieces(out, layout)
     out = out if bias is None else out + bias.double()
     return _finish(out, torch.float64, positions, layout, known, known_weight, dtype)
 
 
-def _pack(pieces: list[Tensor], layout: VideoLayout | None) -> Tensor:
+def pack_pieces(pieces: list[Tensor], layout: VideoLayout | None) -> Tensor:
     """One after the other, or where the layout says, with zeros between them."""
     if layout is None:
         return torch.cat(pieces)
