@@ -237,10 +237,13 @@ CALLS: dict[str, Call] = {
         f"patches unpatchify gradients {dim} of {channels}": Call(patches(dim, " unpatchify gradients", channels), gpus, ("sum_parts",))
         for dim, channels, gpus in ((1536, 16, GPUS), (5120, 16, GPUS[1:2]), (3072, 48, GPUS[1:2]))
     },
-    **{f"patches backward {dim}": Call(patches(dim, " backward"), gpus, ("sum_rows",)) for dim, gpus in ((1536, GPUS), (5120, GPUS[1:2]))},
+    **{
+        f"patches backward {dim}": Call(patches(dim, " backward"), gpus, ("sum_rows", "sum_parts"))
+        for dim, gpus in ((1536, GPUS), (5120, GPUS[1:2]))
+    },
     "patches of several sizes 1536": Call(patches(1536, sizes=((21, 60, 104), (1, 128, 128), (5, 40, 72))), narrow=("describe_clips",)),
     **{  # CogVideoX 2B, and 1.5, whose rows of 90 and 170 pixels are aligned to 4 bytes
-        f"patches{way} {dim}": Call(patches(dim, way, 16, patch, (size,)), GPUS[1:2], ("tokens_to_clips", "sum_rows"))
+        f"patches{way} {dim}": Call(patches(dim, way, 16, patch, (size,)), GPUS[1:2], ("tokens_to_clips", "sum_rows", "sum_parts"))
         for dim, patch, size in ((1920, (1, 2, 2), (13, 60, 90)), (3072, (2, 2, 2), (22, 96, 170)))
         for way in (" positions", " unpatchify", " backward")
     },

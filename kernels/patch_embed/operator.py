@@ -1,8 +1,8 @@
 """Patch embedding and its inverse as operators of torch.library, of what the kernels compute, with their gradients.
 
-Several clips come out as one tensor, whose views they are: the results of an operator may not share memory. The
-backward pass of a projection computes its norm again, by the norm's own kernels, forwards and backwards: between them lies an embedding of
-the clips' gradient.
+Several clips come out as one tensor, whose views they are: the results of an operator may not share memory. Where the norm of a projection
+was not done to its weight, the backward pass computes it again, by the norm's own kernels, forwards and backwards: between them lies an
+embedding of the clips' gradient.
 """
 
 import math
