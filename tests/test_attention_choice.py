@@ -11,6 +11,7 @@ from tubelet.kernels.attention import choice
 WAN, PAIR = (21, 30, 52), 4 * 12 * 128
 """A clip, and the FLOPs of a pair of its tokens."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 

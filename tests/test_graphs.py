@@ -7,8 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from tubelet.engine import Engine, Request, graphs
 from tubelet.engine import engine as engine_of
+from tubelet.engine.training.evaluate import psnr
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 REQUESTS = [
     Request("a red circle bounces on a blue background", 5, 32, 48, seed=1),
     Request("a small green cross moves left", 3, 32, 32, seed=2, guidance=1.0, known={0: torch.zeros(32, 32, 3, dtype=torch.uint8)}),
@@ -70,9 +72,11 @@ def test_a_sample_is_the_same_with_graphs(captured, monkeypatch, precision, stag
     assert not captured
     always(monkeypatch)
     done = []
-    found = engine.sample(REQUESTS, **options, progress=lambda i, n: done.append((i, n)))
-    for a, b in zip(found, wanted, strict=True):
-        assert (a.frames == b.frames).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # of a capture that fails
+        found = engine.sample(REQUESTS, **options, progress=lambda i, n: done.append((i, n)))
+    for a, b in zip(found, wanted, strict=True):  # on a GPU the library may choose another product in a capture
+        assert (a.frames == b.frames).all() if DEVICE == "cpu" else psnr(a.frames, b.frames) >= 45
     assert done == [(i, done[-1][1]) for i in range(1, done[-1][1] + 1)]
     if DEVICE == "cpu":
         assert [graph.shared for graph in captured] == [None, *[captured[0]] * (4 if stagger else 0)]
