@@ -111,7 +111,7 @@ def test_widths(channels, dim, dtype):
     sizes = [(1, 7, 3), (1, 4, 4)]
     check_embed(channels=channels, dim=dim, sizes=sizes, dtype=dtype, positions="tables", pack={"text": [0, 1]})
     check_embed(channels=channels, dim=dim, sizes=sizes, dtype=dtype)
-    check_projection(channels=channels, dim=dim, sizes=sizes, dtype=dtype)
+    check_projection(channels=channels, dim=dim, sizes=sizes, dtype=dtype, table=DEVICE == "cuda")
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms", None])
@@ -131,7 +131,7 @@ def test_gradients_of_a_folded_norm(dtype, kind):
         check_projection(dtype=dtype, kind=kind, affine=True, pack={"text": [2, 1]}, sizes=SIZES[1:3])
         check_projection(dtype=dtype, kind=kind, affine=True, table=False, pack=ROOM | {"text": [0, 1]}, sizes=SIZES[1:3])
         check_projection(dtype=dtype, kind=kind, dim=200, mean=3.0, sizes=[(1, 12, 14)])
-        check_projection(dtype=dtype, kind=kind, dim=72, channels=33, sizes=[(1, 7, 3), (1, 4, 4)], affine=True)  # two blocks of elements
+        check_projection(dtype=dtype, kind=kind, dim=72, channels=17, sizes=[(1, 7, 3), (1, 4, 4)], table=False)  # two blocks of elements
     assert "norm_backward" not in kernels_of("unpatchify") and kernels_of("unpatchify")["folded_gradient"] == 4
 
 

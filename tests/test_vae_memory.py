@@ -38,7 +38,7 @@ def trained(folder, window: int | None) -> VideoVAE:
     vae = VideoVAE(VAEConfig(**vars(sizes) | {"time_window": window}))
     stage = StageOne(vae, Room(), StageOneConfig(frame_tokens=8 * FRAMES * 2, kl_weight=100.0, kl_warmup=700, enough_psnr=35.0))
     stage.sizes = SimpleNamespace(draw=lambda step: (FRAMES, HEIGHT, WIDTH))
-    trainer = Trainer(vae, folder, TrainerConfig(steps=1400, warmup=50, learning_rate=4e-3, precision="fp32"))
+    trainer = Trainer(vae, folder, TrainerConfig(steps=1000, warmup=50, learning_rate=4e-3, precision="fp32"))
     trainer.run(stage.loss, "room")
     with trainer.averaged():
         return vae.eval().requires_grad_(False)

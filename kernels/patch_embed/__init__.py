@@ -18,6 +18,7 @@ Wan) for a dim of thousands, so that the tokens' bandwidth is the floor. In bflo
       per-token positions                   201 MB, 4.2 MB                           61 us
     patch_embed, unpatchify         5120    335 MB, 4.2 MB              21 GFLOP     101 us
     backward of patch_embed         1536    101 MB twice, 4.2 MB twice  13 GFLOP     63 us
+    backward of unpatchify          1536    101 MB thrice, 4.2 MB x 4   13 GFLOP     95 us
 
 Tables of positions per axis are small, and are read from the caches. In half precision `unpatchify` reads each row of tokens once: the norm
 is done to the weight, for each row of the modulation, and corrected by the token's statistics in the end. Backwards, what the norm needs of
