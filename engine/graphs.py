@@ -3,6 +3,7 @@ as they take to run.
 """
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -10,6 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+_one_at_a_time = threading.Lock()  # captures are on one stream
 LEAST_CALLS = 3
 """What is called fewer times is not captured: a capture takes the host as long as a call."""
 
@@ -53,7 +55,7 @@ def capture(function: Callable[[], None], device: torch.device, pool=None) -> to
 
     Raises RuntimeError if the function waits for the device, or copies from the host's memory.
     """
-    with torch.cuda.device(device):
+    with _one_at_a_time, torch.cuda.device(device):
         graph, current, side = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), _side_stream(torch.cuda.current_device())
         side.wait_stream(current)
         # Not by `torch.cuda.graph`, which first frees all that the allocator keeps. Other threads may allocate meanwhile.

@@ -193,6 +193,10 @@ def _kind(x):
         return x.dtype, x.data_ptr() % 16 == 0
     if type(x) is int:
         return 1 if x == 1 else (16 if x % 16 == 0 else 2) + (0 if -0x80000000 <= x < 0x80000000 else 64)
-    if type(x) is tuple:
-        return tuple(map(_kind, x))
-    return type(x)
+    if isinstance(x, tuple):  # named ones too, of tensors and constants
+        return type(x), *map(_kind, x)
+    if isinstance(x, triton.language.constexpr):
+        return triton.language.constexpr, type(x.value), x.value
+    if x is None or isinstance(x, float | bool):
+        return type(x)
+    raise TypeError(f"arguments of a kernel: expected tensors, numbers, None and tuples of these, got {type(x).__name__}")

@@ -4,6 +4,7 @@ to run where nothing is interpreted. There is no GPU: the driver writes down wha
 
 import json
 from itertools import count
+from typing import NamedTuple
 
 import torch
 import triton
@@ -12,6 +13,14 @@ from codegen import _Device
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from tubelet.kernels import dispatch
+
+
+class Part(NamedTuple):
+    """As kernels take what belongs together."""
+
+    ptr: torch.Tensor | None
+    stride: int
+    flag: tl.constexpr
 
 
 class Driver(_Device):
@@ -32,17 +41,26 @@ class Driver(_Device):
 
     def launcher_cls(self, src, metadata):
         def run(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
-            self.launches.append((x, y, z, function, repr([repr(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments])))
+            self.launches.append((x, y, z, function, repr([_seen(a) for a in arguments])))
 
         return run
 
 
+def _seen(x):
+    """Of an argument, what tells it from others."""
+    return [_seen(each) for each in x] if isinstance(x, tuple) else x.data_ptr() if isinstance(x, torch.Tensor) else x
+
+
 @triton.jit(do_not_specialize=["n"])
-def kernel(out_ptr, x_ptr, other_ptr, numbers, stride, n, factor, FLAG: tl.constexpr, DIMS, BLOCK: tl.constexpr):
+def kernel(out_ptr, x_ptr, other_ptr, part, numbers, stride, n, factor, FLAG: tl.constexpr, DIMS, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at * stride, mask=at < n)
     if other_ptr is not None:
         x += tl.load(other_ptr + at)
+    if part.ptr is not None:
+        x += tl.load(part.ptr + at * part.stride)
+    if part.flag:
+        x += 1.0
     if FLAG:
         x *= factor
     tl.store(out_ptr + at + numbers[0] + numbers[1] * DIMS[0], x)
@@ -51,18 +69,20 @@ def kernel(out_ptr, x_ptr, other_ptr, numbers, stride, n, factor, FLAG: tl.const
 def main() -> None:
     driver.set_active(gpu := Driver())
     x, small = torch.zeros(64), torch.zeros(64, dtype=torch.float16)
-    base = {"x": x, "other": None, "numbers": (3, 5), "stride": 3, "n": 7, "factor": 0.5}
+    base = {"x": x, "other": None, "part": Part(None, 3, tl.constexpr(False)), "numbers": (3, 5), "stride": 3, "n": 7, "factor": 0.5}
     base |= {"FLAG": True, "DIMS": (2, 4), "BLOCK": 16, "num_warps": 4}
+    off, on = tl.constexpr(False), tl.constexpr(True)
+    parts = [Part(x, 3, off), Part(x[1:], 3, off), Part(x, 16, off), Part(None, 3, on), Part(None, 3, tl.constexpr(1))]
     others = [
-        {"x": x[1:]}, {"x": small}, {"x": small[8:]}, {"other": x}, {"other": x[1:]}, {"numbers": (1, 16)}, {"numbers": (2**40 + 1, 5)},
-        {"stride": 1}, {"stride": 16}, {"stride": 48}, {"stride": 0}, {"stride": -5}, {"stride": 2**31}, {"stride": 2**31 - 1},
-        {"stride": -(2**31) - 1}, {"n": 1}, {"n": 16}, {"n": 2**33}, {"factor": 1.0}, {"factor": 2}, {"FLAG": False}, {"DIMS": (3, 4)},
-        {"BLOCK": 32}, {"num_warps": 8},
+        {"x": x[1:]}, {"x": small}, {"x": small[8:]}, {"other": x}, {"other": x[1:]}, *({"part": part} for part in parts),
+        {"numbers": (1, 16)}, {"numbers": (2**40 + 1, 5)}, {"stride": 1}, {"stride": 16}, {"stride": 48}, {"stride": 0}, {"stride": -5},
+        {"stride": 2**31}, {"stride": 2**31 - 1}, {"stride": -(2**31) - 1}, {"n": 1}, {"n": 16}, {"n": 2**33}, {"factor": 1.0},
+        {"factor": 2}, {"FLAG": False}, {"DIMS": (3, 4)}, {"BLOCK": 32}, {"num_warps": 8},
     ]  # fmt: skip
     found, ours = [], 0
     for change in [{}, *others, {}]:
         given = base | change
-        arguments = [torch.empty(999), *(given[name] for name in ("x", "other", "numbers", "stride", "n", "factor"))]
+        arguments = [torch.empty(999), *(given[name] for name in ("x", "other", "part", "numbers", "stride", "n", "factor"))]
         constants = {name: given[name] for name in ("num_warps", "DIMS", "BLOCK", "FLAG")}
         gpu.launches.clear()
         dispatch.launch("op", kernel, 4, *arguments, **constants)

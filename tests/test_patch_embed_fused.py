@@ -561,6 +561,22 @@ def test_the_kernels_that_run():
     }  # fmt: skip
 
 
+def test_tokens_whose_channels_are_apart_and_results_that_are_changed_in_place():
+    x, weight, back = randn(24, 90).T, randn(16, 12, seed=1), randn(12, 16, dtype=DTYPES[-1], seed=2)
+    for tokens in (x[:, :12], x[:, ::2]):
+        leaf, exact = (weight.detach().clone().to(dtype).requires_grad_() for dtype in (torch.float32, torch.float64))
+        patch_embed(tokens, leaf, implementation="triton").square().sum().backward()
+        (tokens.double() @ exact.T).square().sum().backward()
+        assert_close(leaf.grad, exact.grad, torch.float32)
+    grads = []
+    for changed in (False, True):
+        tokens = randn(40, 16, dtype=DTYPES[-1], seed=3).requires_grad_()
+        out = final_layer(tokens, back, norm=Modulation(None, None), implementation="triton")
+        out = out.add_(1) if changed else out
+        grads.append(torch.autograd.grad(out, tokens, randn(40, 12, dtype=DTYPES[-1], seed=4))[0])
+    assert torch.equal(*grads)
+
+
 def test_the_kernels_of_a_norm_in_half_precision():
     reset_engaged()
     x, back = leaves((randn(64, 16, dtype=DTYPES[-1]), randn(12, 16, dtype=DTYPES[-1], seed=1)))

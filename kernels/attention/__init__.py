@@ -95,7 +95,7 @@ def _by_stretches(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts: list
     queries, keys = ([getattr(part, name) for part in parts] for name in ("queries", "keys"))
     outs = [
         attention(
-            *qkv, part.layout, mask, kv_layout=part.kv_layout, scale=scale, implementation="torch" if part.library else "triton"
+            *qkv, part.layout, mask, kv_layout=part.kv_layout, scale=scale, implementation="torch" if part.library else "auto"
         )
         for part, *qkv in zip(parts, q.split(queries), k.split(keys), v.split(keys), strict=True)
     ]  # fmt: skip

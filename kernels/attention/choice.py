@@ -43,6 +43,9 @@ def stretches(q: torch.Tensor, layout: VideoLayout, mask: Mask, kv_layout: Video
         return []
     if layout.capacity is not None or kv_layout.capacity is not None:  # which may be refilled
         return []
+    # Autocast would give SDPA another dtype; and what does not fit is told by those who run.
+    if (torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != q.dtype) or layout.num_clips != kv_layout.num_clips:
+        return []
     return plan(4 * q.shape[1] * q.shape[2], layout, mask, kv_layout)
 
 

@@ -52,7 +52,6 @@ def token_products(
     n, k = nth_n * BLOCK_N + tl.arange(0, BLOCK_N), nth_k * BLOCK_K + tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
     # Sums over eight tokens each, for threads to add up their own alone.
-    along = tl.zeros([8, BLOCK_K], tl.float32)
     narrow_sums = tl.zeros([8, BLOCK_K], tl.float32)
     wide_sums = tl.zeros([8, BLOCK_N], tl.float32)
     for start in tl.range(first, stop, BLOCK_M, num_stages=STAGES):
@@ -71,14 +70,10 @@ def token_products(
             wide_sums += tl.sum(tl.reshape(b.to(tl.float32), [BLOCK_M // 8, 8, BLOCK_N]), 0)
         a = a.to(dtype)
         if statistics_ptr is not None:
-            # (b - mean) * rstd, of which narrow takes the factor: it is rounded before both products, so that a large mean cancels.
             mean = tl.load(statistics_ptr + 2 * token, mask=there, other=0.0)
             rstd = tl.load(statistics_ptr + 2 * token + 1, mask=there, other=0.0)
-            a = (a.to(tl.float32) * rstd[:, None]).to(dtype)
-            along += tl.sum(tl.reshape(a.to(tl.float32) * mean[:, None], [BLOCK_M // 8, 8, BLOCK_K]), 0)
+            b = tl.where(mask_b, (b.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
         acc = tl.dot(tl.trans(a), b.to(dtype), acc, input_precision=precision)
-    if statistics_ptr is not None:
-        acc -= tl.sum(along, 0)[:, None]
     mask = (k < NARROW)[:, None] & (n < WIDE)[None, :]
     tl.store(partial_ptr + part * (NARROW * WIDE) + k[:, None] * WIDE + n[None, :], acc, mask=mask)
     if narrow_sums_ptr is not None:
@@ -235,7 +230,7 @@ def gradient_of_tokens(
         op, folded_gradient, triton.cdiv(len(x), 64), dx, x, d, out, statistics, sums, weight, scale, norm_weight,
         None if rows is None else rows.contiguous(), *strides_of(unit, x, d, out, weight), stride_row // unit, *strides_of(unit, scale),
         len(x), WIDTH=x.shape[1], ELEMENTS=elements, NORM=kind, UNIT=unit, BLOCK_M=64, BLOCK_D=power(x.shape[1], 16, 64), BLOCK_K=block_k,
-        PARTS=triton.cdiv(elements, block_k), STAGES=3, num_warps=4,
+        PARTS=triton.cdiv(elements, block_k), STAGES=3 if elements <= 128 else 2, num_warps=4,
     )  # fmt: skip
     return dx
 

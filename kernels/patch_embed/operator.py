@@ -121,7 +121,7 @@ def patch_embed_backward(
         project_tokens(op, d, weight, source._replace(clips=clips), across=True)
     video = None if without_gaps(where) else where.table("video rows", video_rows)
     if wanted[1] or wanted[2]:
-        narrow = _in_tokens(sources, patch, where) if patch else sources[0]
+        narrow = _in_tokens(sources, patch, where) if patch else _rows_contiguous(sources[0])
         products, _, sums = products_over_tokens(op, narrow, d, weight.dtype, used=video, wide_sums=wanted[2])
         dweight, dbias = products[0].T.to(weight.dtype).contiguous() if wanted[1] else None, _to(sums[0], bias) if wanted[2] else None
     dtables = [None] * 3
@@ -217,7 +217,7 @@ def _(x, weight, bias, shift, scale, rows, norm_weight, norm_bias, kind, eps, pa
 @as_operator("tubelet::final_layer_backward")
 def project_backward(
     d: Tensor,
-    out: Tensor,
+    out: Tensor | None,
     statistics: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -306,7 +306,10 @@ def _(d, out, statistics, x, weight, bias, shift, scale, rows, norm_weight, norm
 
 
 def _save_projection(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*output, *inputs[:8])
+    (out, statistics), (x, weight), kind = output, inputs[:2], inputs[8]
+    # A copy, for whoever changes the result in place; it is few numbers beside the tokens.
+    out = out.detach().clone() if folds(x, weight, kind) and len(weight) <= MOST_ELEMENTS else None
+    ctx.save_for_backward(out, statistics, *inputs[:8])
     ctx.rest, ctx.op = inputs[8:13], inputs[13]
 
 
