@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from tubelet.kernels import FrameCausal, Full, Mask, Spatial, VideoLayout, attention, quantize_rows
+from tubelet.kernels.attention.choice import stretches
 from tubelet.kernels.attention.schedule import visible_pairs
 from tubelet.kernels.fp8 import dequantize_rows
 
@@ -101,10 +102,12 @@ class Shape:
             return _call(function, Inputs(*wide, None))
 
         implementations = [ours("auto", "tubelet"), *attention_peers(setup, with_fp8, self.backward)]
-        if device.type == "cuda" and not self.backward:
-            implementations.append(ours("torch", "tubelet in torch", comparable=False))
-        if device.type == "cuda":  # of which "auto" takes one
+        # Beside what "auto" takes, the other.
+        like = torch.empty(1, self.heads, self.head_dim, device=device, dtype=dtype).expand(layout.tokens, -1, -1)
+        if not self.fp8 and stretches(like, layout, self.mask, kv_layout):
             implementations.append(ours("triton", "tubelet in Triton", comparable=False))
+        elif device.type == "cuda" and not self.backward:
+            implementations.append(ours("torch", "tubelet in torch", comparable=False))
         pairs, wide = visible_pairs(layout, self.mask, kv_layout), 1 if self.fp8 else dtype.itemsize
         rows = 2 * layout.tokens * self.heads + 2 * kv_layout.tokens * kv_heads  # q and out, k and v
         moved = self.head_dim * rows * wide

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from tolerance import assert_close
-from tubelet.kernels import Capacity, FrameCausal, Full, Spatial, Temporal, VideoLayout, attention, engaged, reset_engaged
+from tubelet.kernels import Capacity, FrameCausal, Full, Spatial, Temporal, VideoLayout, attention, dispatch, engaged, reset_engaged
 from tubelet.kernels.attention import choice
 
 WAN, PAIR = (21, 30, 52), 4 * 12 * 128
@@ -49,6 +49,7 @@ def test_text():
 def test_stretches_are_the_whole(monkeypatch, mask, cross):
     """Forwards and backwards, and a clip is the same in any pack, bit for bit."""
     monkeypatch.setattr(choice, "LEAST_FLOPS", 4 * 2 * 16 * 20**2)
+    monkeypatch.setattr(dispatch, "triton_first", lambda x: True)  # as on a GPU
     monkeypatch.setattr(sys.modules[attention.__module__], "stretches", lambda q, *rest: choice.plan(4 * 2 * 16, *rest))
     grids, lengths = [(1, 2, 2), (4, 5, 6), (2, 2, 2), (1, 1, 3), (3, 6, 5)], [3, 32, 0, 7, 16]
     layout = VideoLayout.pack(grids, device=DEVICE)
@@ -61,16 +62,13 @@ def test_stretches_are_the_whole(monkeypatch, mask, cross):
         reset_engaged()
         out = attention(q, k, v, layout, mask, kv_layout=kv_layout, implementation=implementation)
         results.append((out, *torch.autograd.grad(out, (q, k, v), direction)))
-        taken = {"torch"} if DEVICE == "cpu" else {"torch", "triton"}
-        assert engaged()["attention"].keys() == (taken if implementation == "auto" else {"reference"})
+        assert engaged()["attention"].keys() == ({"torch", "triton"} if implementation == "auto" else {"reference"})
     for a, b in zip(*results, strict=True):
         assert_close(a, b.double(), torch.float32)
     for i, (clip, other) in enumerate(zip(layout.clips, kv_layout.clips, strict=True)):
         mine, keys = slice(clip.start, clip.stop), slice(other.start, other.stop)
         alone = VideoLayout.pack(grids[i : i + 1], device=DEVICE)
         kv_alone = VideoLayout.segments(lengths[i : i + 1], device=DEVICE) if cross else alone
-        if not choice.plan(4 * 2 * 16, alone, mask, kv_alone):  # a short one, which "auto" leaves to the library on a CPU
-            continue
         assert torch.equal(attention(q[mine], k[keys], v[keys], alone, mask, kv_layout=kv_alone), results[0][0][mine])
 
 

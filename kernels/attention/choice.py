@@ -1,8 +1,8 @@
 """Which clips "auto" leaves to the library's attention.
 
-It is a matter of each clip: its result is the same whatever else is in the pack. On an H200 (the committed result), SDPA of
-`attention_grouped`, which is cuDNN's there, took 57 % of the Triton kernels' time within frames of 1,560 tokens, 82 % for 32,760 tokens,
-86 % for chunks of frames, and backwards 59 %, 56 % and 76 %; along time it takes several times as long as they do.
+It is a matter of each clip: it is computed in the same way whatever else is in the pack. On an H200 (the committed result), SDPA of
+`attention_grouped`, which is cuDNN's there, took 57 % of the Triton kernels' time within frames of 1,560 tokens, 82 % for 32,760 tokens and
+86 % for chunks of frames; backwards SDPA by itself took 59 %, 56 % and 76 %. Along time it takes several times as long as they do.
 """
 
 from collections.abc import Iterator
