@@ -137,9 +137,10 @@ class Settings:
 
 @dataclass
 class Times:
-    """Milliseconds of single calls."""
+    """Milliseconds of single calls; and, on a GPU, those after which they return to the host, the device still at work."""
 
     samples: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -261,7 +262,9 @@ class Stopwatch:
             for i, (start, stop) in enumerate(batch):
                 self.flushed.add_(1)
                 start.record()
+                begin = time.perf_counter()
                 calls[(len(times.samples) + i) % len(calls)]()
+                times.host.append(1e3 * (time.perf_counter() - begin))
                 stop.record()
             torch.cuda.synchronize()
             times.samples += [start.elapsed_time(stop) for start, stop in batch]
@@ -385,7 +388,7 @@ class Bench:
         self._tidy()
 
     def _fail(self, result: Measurement, status: str, error: BaseException) -> None:
-        result.ms = result.low = result.high = result.graph_ms = None
+        result.ms = result.low = result.high = result.graph_ms = result.host_ms = None
         result.status, result.reason = status, f"{type(error).__name__}: {first_line(error)}"
         result.where = "".join(traceback.format_tb(error.__traceback__)[-3:])[-1200:]
 
@@ -416,6 +419,7 @@ class Bench:
             times = self.stopwatch.time(calls, problem.capturable)
             self.samples = times.samples
             result.ms, (result.low, result.high) = digits(times.median), map(digits, times.quartiles)
+            result.host_ms = digits(statistics.median(times.host)) if times.host else None
             result.samples, result.status = len(times.samples), "ok"
             if self.stopwatch.cuda and problem.capturable and not problem.gradients and times.median < LAUNCH_BOUND:
                 try:

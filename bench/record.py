@@ -32,7 +32,8 @@ VERSIONS = ("tubelet", "torch", "triton", "diffusers", "xformers", "flash-attn",
 @dataclass
 class Measurement:
     """One implementation of one case. Times in milliseconds: `ms` is the median of single calls, `low` and `high` its quartiles, `graph_ms`
-    the median in a CUDA graph, where the call is so short that the host would be timed. peak_bytes: allocated at the peak of a call beyond
+    the median in a CUDA graph, where the call is so short that the host would be timed, `host_ms` the median until a call on a GPU returns
+    to the host, which then can launch the next. peak_bytes: allocated at the peak of a call beyond
     what was there; workspace_bytes: the part of it that is not output. error, allowed: of the norm, of the largest element. An empty
     `implementation` stands for the case: it could not be made, or, "not run", the time of the run was over before.
     """
@@ -50,6 +51,7 @@ class Measurement:
     high: float | None = None
     samples: int | None = None
     graph_ms: float | None = None
+    host_ms: float | None = None
     flops: float | None = None
     bytes: float | None = None
     peak_bytes: int | None = None
@@ -69,11 +71,12 @@ class Measurement:
 @dataclass
 class Ceilings:
     """What the device reached in this run: bytes a second of a copy (read and written), FLOP/s of a large square matrix product by
-    dtype.
+    dtype. copies: the milliseconds that a copy takes of so many bytes (read and written), small ones too.
     """
 
     copy: float | None = None
     matmul: dict[str, float] = field(default_factory=dict)
+    copies: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

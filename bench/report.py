@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from .record import FOLDER, Measurement, Run, committed, read
-from .roofline import floor_ms
+from .roofline import copy_ms, floor_ms
 
 BEGIN, END = "<!-- speed: written by `tubelet bench report --readme` -->", "<!-- end of speed -->"
 LEVELS = ("quick", "default", "full")
@@ -36,13 +36,16 @@ OTHERS = (
 
 @dataclass(frozen=True)
 class Row:
-    """A case: ours and the best peer, both right and timed, None where there is none; `ratio` is how many times as fast ours is."""
+    """A case: ours and the best peer, both right and timed, None where there is none; `ratio` is how many times as fast ours is. floor,
+    copy: the least time, and that of a copy of as many bytes where these are what takes time.
+    """
 
     op: str
     case: str
     ours: Measurement | None
     peer: Measurement | None
     floor: float | None
+    copy: float | None
     in_graph: bool
 
     def time(self, measurement: Measurement) -> float:
@@ -101,7 +104,7 @@ def rows(run: Run) -> list[Row]:
             min((m for m in some if m.graph_ms or not in_graph), key=lambda m: m.graph_ms if in_graph else m.ms, default=None)
             for some in (mine, theirs)
         )
-        found.append(Row(op, case, ours, peer, floor_ms(each[0], run.ceilings), in_graph))
+        found.append(Row(op, case, ours, peer, floor_ms(each[0], run.ceilings), copy_ms(each[0], run.ceilings), in_graph))
     return found
 
 
@@ -302,16 +305,17 @@ def _markdown(runs, pictures) -> str:
         for op in dict.fromkeys(each.op for each in run.measurements if each.status == "ok"):
             parts += [f"### {op}", ""]
             parts += [
-                "| case | implementation | ms | quartiles | in a graph | TFLOP/s | GB/s | of the floor | peak MB | workspace MB | error |"
+                "| case | implementation | ms | quartiles | in a graph | host ms | TFLOP/s | GB/s | of the floor | of a copy | peak MB "
+                "| workspace MB | error |"
             ]
-            parts += ["|---" * 11 + "|"]
+            parts += ["|---" * 13 + "|"]
             for each in run.measurements:
                 if each.op == op and each.status == "ok":
-                    floor = floors[op, each.case].floor
+                    row, ms = floors[op, each.case], each.graph_ms or each.ms
                     name = f"**{each.implementation}**" if each.ours else each.implementation
                     cells = [each.case, name, f"{each.ms:.4g}", f"{each.low:.4g} to {each.high:.4g}", _number(each.graph_ms, "{:.4g}")]
-                    cells += [_rate(each.flops, each.graph_ms or each.ms, 1e12), _rate(each.bytes, each.graph_ms or each.ms, 1e9)]
-                    cells += [_number(floor and floor / (each.graph_ms or each.ms), "{:.0%}")]
+                    cells += [_number(each.host_ms, "{:.3g}"), _rate(each.flops, ms, 1e12), _rate(each.bytes, ms, 1e9)]
+                    cells += [_number(least and least / ms, "{:.0%}") for least in (row.floor, row.copy)]
                     cells += [_number(x if x is None else x / 1e6, "{:.1f}") for x in (each.peak_bytes, each.workspace_bytes)]
                     parts.append("| " + " | ".join([*cells, f"{each.error[0]:.1e}" if each.error else "-"]) + " |")
             parts.append("")
@@ -509,16 +513,17 @@ def _html(runs, pictures) -> str:
     for _, run in runs:
         best = {(row.op, row.case): row for row in rows(run)}
         for each in sorted(run.measurements, key=_order(run)):
-            row = best.get((each.op, each.case), Row(each.op, each.case, None, None, None, False))
+            row = best.get((each.op, each.case), Row(each.op, each.case, None, None, None, None, False))
             ms = each.graph_ms or each.ms
             peer = row.time(row.peer) if row.peer else None
             mine = (each.graph_ms if row.in_graph else each.ms) if each.ms else None
             data.append(
                 [
                     run.device, each.op, each.case, each.implementation, each.status, each.ms,
-                    None if each.ms is None else round(100 * (each.high - each.low) / each.ms, 1), each.graph_ms,
+                    None if each.ms is None else round(100 * (each.high - each.low) / each.ms, 1), each.graph_ms, each.host_ms,
                     each.flops / ms / 1e9 if each.flops and ms else None, each.bytes / ms / 1e6 if each.bytes and ms else None,
-                    100 * row.floor / ms if row.floor and ms else None, peer / mine if peer and mine else None,
+                    100 * row.floor / ms if row.floor and ms else None, 100 * row.copy / ms if row.copy and ms else None,
+                    peer / mine if peer and mine else None,
                     None if each.peak_bytes is None else each.peak_bytes / 1e6,
                     None if each.workspace_bytes is None else each.workspace_bytes / 1e6, each.error[0] if each.error else None,
                     each.ours, each.reason or "", ", ".join(f"{name} {value}" for name, value in each.shape.items()),
@@ -567,9 +572,9 @@ figures say nothing of any GPU. What each figure means in detail is told in benc
 @SECTIONS@
 <script>
 const data = @DATA@;
-const names = ["device", "op", "case", "implementation", "status", "ms", "spread, %", "in a graph, ms", "TFLOP/s", "GB/s",
-  "of the floor, %", "against the best peer", "peak MB", "workspace MB", "error"];
-const OURS = 15, REASON = 16, SHAPE = 17, $ = (id) => document.getElementById(id);
+const names = ["device", "op", "case", "implementation", "status", "ms", "spread, %", "in a graph, ms", "host, ms", "TFLOP/s", "GB/s",
+  "of the floor, %", "of a copy, %", "against the best peer", "peak MB", "workspace MB", "error"];
+const OURS = 17, REASON = 18, SHAPE = 19, $ = (id) => document.getElementById(id);
 let by = null, down = false;
 const head = document.querySelector("thead tr"), body = document.querySelector("tbody");
 names.forEach((name, i) => {
@@ -600,7 +605,7 @@ function show() {
     names.forEach((_, i) => {
       const td = document.createElement("td"), value = row[i];
       td.textContent = value === null ? "" : typeof value !== "number" ? value
-        : i === 14 ? value.toExponential(1) : Number(value.toPrecision(4));
+        : i === 16 ? value.toExponential(1) : Number(value.toPrecision(4));
       if (i > 4) td.className = "n"; tr.append(td);
     });
     return tr;

@@ -7,7 +7,7 @@ op, how often each implementation ran and why the ones that were preferred could
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -135,30 +135,54 @@ def watched(arguments) -> bool:
     """Whether something of torch has to see a call with these: autograd, a compiler, a dispatch mode."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
-    differentiates = torch.is_grad_enabled()
-    for argument in arguments:
-        for x in argument if isinstance(argument, list | tuple) else (argument,):
-            if isinstance(x, torch.Tensor) and (type(x) not in _PLAIN or x.is_meta or (differentiates and x.requires_grad)):
+    return _any_watched(arguments, torch.is_grad_enabled())
+
+
+def _any_watched(arguments, differentiates: bool) -> bool:
+    for x in arguments:
+        kind = type(x)
+        if kind in _PLAIN:
+            if x.is_meta or (differentiates and x.requires_grad):
                 return True
+        elif kind not in _NUMBERS and (_any_watched(x, differentiates) if isinstance(x, list | tuple) else isinstance(x, torch.Tensor)):
+            return True
     return False
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_NUMBERS = frozenset({type(None), bool, int, float, str})
 
 
-@lru_cache
-def _constants(values: tuple) -> tuple:
-    return tuple(map(triton.language.constexpr, values))
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; `triton.cdiv` is made for kernels, and takes a host microseconds."""
+    return -(-a // b)
 
 
+def lanes() -> int:
+    """Threads of a warp."""
+    return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
+
+
+@cache
+def constants(record: tuple) -> tuple:
+    """A tuple of constants, named or not, of numbers and such tuples, as kernels take it; for equal ones it is one object."""
+    parts = [constants(x) if isinstance(x, tuple) else triton.language.constexpr(x) for x in record]
+    result = type(record)(*parts) if hasattr(record, "_fields") else tuple(parts)
+    _records[id(result)] = result
+    return result
+
+
+_records: dict[int, tuple] = {}
+"""What `constants` gave, by identity, so that `launch` need not look into it; kept as long as the process."""
 _compiled: dict[tuple, tuple] = {}
 """What `launch` compiled: for a kernel, a device, the kinds of the arguments and the constants, the compiled kernel and the constants that
 are its last arguments.
 """
 
 
-def launch(op: str, kernel, programs: int, *arguments, **constants) -> None:
-    """Run a Triton kernel of `op` as so many programs, on the device of its first argument, and record it. Tuples are of constants.
+def launch(op: str, kernel, programs: int, *arguments, **options) -> None:
+    """Run a Triton kernel of `op` as so many programs, on the device of its first argument, and record it. options: constants, tuples of
+    them, and what Triton takes.
 
     Products and sums are rounded one by one, unless the kernel says otherwise (`tl.fma`): what a compiler fuses differs between variants.
     What is compiled is found by a key of this module's, since Triton takes longer to find it than a GPU for many a kernel.
@@ -169,34 +193,47 @@ def launch(op: str, kernel, programs: int, *arguments, **constants) -> None:
     device = arguments[0].get_device()
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return _launch(kernel, programs, arguments, constants, device)
-    return _launch(kernel, programs, arguments, constants, device)
+            return _launch(kernel, programs, arguments, options, device)
+    return _launch(kernel, programs, arguments, options, device)
 
 
-def _launch(kernel, programs: int, arguments: tuple, constants: dict, device: int) -> None:
-    key = (id(kernel), device, *map(_kind, arguments), *constants.items())
+def _launch(kernel, programs: int, arguments: tuple, options: dict, device: int) -> None:
+    key = (id(kernel), device, *_kinds(arguments), *options.items())
     found = _compiled.get(key)
     if found is not None:
         compiled, last = found
         compiled[programs, 1, 1](*arguments, *last)
         return
-    constants = {name: _constants(value) if isinstance(value, tuple) else value for name, value in constants.items()}
-    compiled = kernel[(programs,)](*arguments, enable_fp_fusion=False, **constants)
+    options = {name: constants(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    compiled = kernel[(programs,)](*arguments, enable_fp_fusion=False, **options)
     if isinstance(kernel, triton.JITFunction) and isinstance(compiled, triton.compiler.CompiledKernel) and not torch.version.hip:
         names = kernel.arg_names[len(arguments) :]
-        _compiled[key] = compiled, tuple(constants[name] for name in names)
+        _compiled[key] = compiled, tuple(options[name] for name in names)
 
 
-def _kind(x):
-    """What Triton's compiler may look at in an argument of a CUDA kernel, or more."""
-    if isinstance(x, torch.Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
-    if type(x) is int:
-        return 1 if x == 1 else (16 if x % 16 == 0 else 2) + (0 if -0x80000000 <= x < 0x80000000 else 64)
-    if isinstance(x, tuple):  # named ones too, of tensors and constants
-        return type(x), *map(_kind, x)
-    if isinstance(x, triton.language.constexpr):
-        return triton.language.constexpr, type(x.value), x.value
-    if x is None or isinstance(x, float | bool):
-        return type(x)
-    raise TypeError(f"arguments of a kernel: expected tensors, numbers, None and tuples of these, got {type(x).__name__}")
+def _kinds(arguments) -> tuple:
+    """What Triton's compiler may look at in arguments of a CUDA kernel, or more."""
+    kinds = []
+    add = kinds.append
+    for x in arguments:
+        kind = type(x)
+        if kind is int:
+            add(1 if x == 1 else 2 if x & 15 else 16)
+            if not -0x80000000 <= x < 0x80000000:
+                add("long")
+        elif kind in _PLAIN or isinstance(x, torch.Tensor):
+            add(x.dtype)
+            add(x.data_ptr() & 15 == 0)
+        elif x is None or kind is float or kind is bool:
+            add(kind)
+        elif id(x) in _records:
+            add(id(x))
+        elif isinstance(x, tuple):  # named ones too, of tensors and constants
+            add(kind)
+            add(_kinds(x))
+        elif kind is triton.language.constexpr:
+            add(kind)
+            add((type(x.value), x.value))
+        else:
+            raise TypeError(f"arguments of a kernel: expected tensors, numbers, None and tuples of these, got {kind.__name__}")
+    return tuple(kinds)

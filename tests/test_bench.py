@@ -417,6 +417,7 @@ def test_a_crash_or_a_hang_stops_no_other(plan, tmp_path):
     }
     assert "code 3" in found["first", "crashes"].reason
     assert result.complete and result.ceilings.copy > 0 and result.ceilings.matmul["float32"] > 0
+    assert len(result.ceilings.copies) == 4 and all(ms > 0 for ms in result.ceilings.copies.values())
 
 
 def test_an_interrupted_run_keeps_what_it_measured(plan, tmp_path):
@@ -473,7 +474,7 @@ def test_a_short_call_is_timed_in_a_graph():
     problem = problem_of(short=lambda x: 2 * x)
     problem.make = lambda seed: torch.randn(64, 8, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
     (found,) = Bench(Settings(torch.device("cuda"))).measure(Case("op", "case", {}, lambda device: problem))
-    assert found.status == "ok" and found.graph_ms < found.ms
+    assert found.status == "ok" and found.graph_ms < found.ms and 0 < found.host_ms < 1
 
 
 def test_attention_of_one_head_alone_wrong_is_caught(monkeypatch):

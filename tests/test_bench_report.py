@@ -6,7 +6,7 @@ import re
 import sys
 
 import pytest
-from tubelet.bench import record, report
+from tubelet.bench import record, report, roofline
 from tubelet.bench.compare import compare
 from tubelet.bench.record import Ceilings, Measurement, Run
 from tubelet.engine import cli
@@ -140,7 +140,7 @@ def test_report(tmp_path):
     # One file: pictures inside, and nothing from elsewhere.
     assert page.count("data:image/png;base64,") == 10 and not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page
     data = json.loads(re.search(r"const data = (.*);\n", page)[1])
-    assert len(data) == 2 * len(a_run().measurements) and {len(row) for row in data} == {18}
+    assert len(data) == 2 * len(a_run().measurements) and {len(row) for row in data} == {20}
 
 
 def test_how_long_requests_wait():
@@ -150,6 +150,17 @@ def test_how_long_requests_wait():
     assert packed.rate == alone.rate == pytest.approx(4 * 64 / 4e-3) and packed.mean == packed.longest == 4
     assert alone.longest == 4 and alone.mean == (1 + 2 + 3 + 4) / 4
     assert found[1, "tubelet one by one"].mean == 1  # of a single request also where that was not timed by itself
+
+
+@pytest.mark.parametrize(("bytes_", "expected"), [(1e5, 0.004), (2e6, 0.004), (5e6, 0.010), (8e6, 0.016), (8e7, 0.16), (0.0, None)])
+def test_what_a_copy_of_as_many_bytes_takes(bytes_, expected):
+    ceilings = Ceilings(1e12, {"bfloat16": 7e14}, {"2000000": 0.004, "8000000": 0.016})
+    call = timed("norms", "short", "tubelet", 0.02, shape={"dtype": "bfloat16"}, flops=1e3, bytes=bytes_)
+    assert roofline.copy_ms(call, ceilings) == (expected if expected is None else pytest.approx(expected))
+    row = report.rows(a_run(measurements=[call], ceilings=ceilings))[0]
+    assert row.copy == roofline.copy_ms(call, ceilings)
+    assert roofline.copy_ms(dataclasses.replace(call, flops=1e12), ceilings) is None  # bound by the products
+    assert roofline.copy_ms(call, Ceilings(1e12, {"bfloat16": 7e14})) is None  # an older file
 
 
 def test_a_floor_needs_flops():

@@ -3,11 +3,13 @@
 A program holds whole rows in registers: the channels in PARTS parts of PART, a power of two, so that 3072 channels are 3 parts of 1024.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import INTERPRETED, NO_GLUON, as_operator, launch, select
+from ..dispatch import INTERPRETED, NO_GLUON, as_operator, cdiv, lanes, launch, select
 from .reference import FP8, LARGEST
 
 LARGEST_CHANNELS = 16384
@@ -120,19 +122,19 @@ def without_e4m3(device: torch.device) -> str | None:
     return None
 
 
-def tile(channels: int) -> dict:
+@cache
+def tile(channels: int, lanes: int) -> dict:
     """How rows are split: into at most eight parts, narrow enough to leave little to fill up; for four warps, or as many as give a thread
     8 neighbours of each part; and as many rows as make four parts' worth of numbers.
     """
-    lanes = 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
     num_warps = 4
     while 8 * num_warps * 8 * lanes < channels:
         num_warps *= 2
     whole = 8 * num_warps * lanes
     part = min(whole, max(16, triton.next_power_of_2(channels)))
-    while part > 64 and triton.cdiv(channels, part) * part > 1.125 * channels and 4 * part >= channels:
+    while part > 64 and cdiv(channels, part) * part > 1.125 * channels and 4 * part >= channels:
         part //= 2
-    parts = triton.cdiv(channels, part)
+    parts = cdiv(channels, part)
     return {"DIMS": (channels, part, parts), "ROWS": max(1, 4 * whole // (part * triton.next_power_of_2(parts))), "num_warps": num_warps}
 
 
@@ -145,9 +147,9 @@ def quantize_fused(op: str, x: torch.Tensor, gelu: str | None) -> tuple[torch.Te
     (n0, stride_0), (n1, stride_1), (n2, stride_2) = leading
     x8, scale = _results(x)
     unit = 8 if all(stride % 8 == 0 for _, stride in leading) else 1
-    how, rows = tile(x.shape[-1]), n0 * n1 * n2
+    how, rows = tile(x.shape[-1], lanes()), n0 * n1 * n2
     launch(
-        op, quantize_forward, triton.cdiv(rows, how["ROWS"]), x, x8, scale, n1, n2, n0 * n1,
+        op, quantize_forward, cdiv(rows, how["ROWS"]), x, x8, scale, n1, n2, n0 * n1,
         stride_0 // unit, stride_1 // unit, stride_2 // unit, rows, GELU=gelu, UNIT=unit, **how,
     )  # fmt: skip
     return x8, scale

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import NO_GLUON, as_operator, launch, select
+from ..dispatch import NO_GLUON, as_operator, cdiv, launch, select
 from .fused import without_e4m3
 
 GROUP = 8
@@ -73,7 +73,7 @@ def linear_fused(x8, x_scale, weight8, weight_scale, bias, out_dtype):
     tokens, out = x8.shape[0], x8.new_empty(x8.shape[0], weight8.shape[0], dtype=out_dtype)
     bias = None if bias is None else bias.contiguous()
     how = config(x8.shape[1])
-    programs = triton.cdiv(tokens, how["BLOCK_M"]) * triton.cdiv(weight8.shape[0], how["BLOCK_N"])
+    programs = cdiv(tokens, how["BLOCK_M"]) * cdiv(weight8.shape[0], how["BLOCK_N"])
     launch(
         "fp8_linear", linear_forward, programs, x8, x_scale.contiguous(), weight8, weight_scale.contiguous(), bias, out, tokens,
         x8.stride(0), weight8.stride(0), IN=x8.shape[1], OUT=weight8.shape[0], GROUP=GROUP, **how,

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import NO_GLUON, as_operator, launch, select
+from ..dispatch import NO_GLUON, as_operator, cdiv, launch, select
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 OP = "group_norm_silu"
@@ -312,7 +312,7 @@ def tile(channels: int, groups: int, pixels: int, channels_last: bool, aligned: 
         block_p = 1024 if pixels > 256 else 256 if pixels > 64 else 64
         block_c = min(filled, NUMBERS // block_p)
     per = min(own_filled, block_c)
-    return channels, groups, own, per, block_c // per, triton.cdiv(own, per), block_c, block_p, channels_last, 8 if aligned else 1
+    return channels, groups, own, per, block_c // per, cdiv(own, per), block_c, block_p, channels_last, 8 if aligned else 1
 
 
 class Plan(NamedTuple):
@@ -332,11 +332,11 @@ class Plan(NamedTuple):
         lie = [Frames.of(tensor) for tensor in tensors]
         batch, channels, frames, pixels, *_, channels_last = lie[0]
         dims = tile(channels, groups, pixels, channels_last, all(each.aligned for each in lie))
-        parts, unit = triton.cdiv(pixels, dims[7]), dims[9]
+        parts, unit = cdiv(pixels, dims[7]), dims[9]
         return cls(
             dims,
             (frames, pixels if channels_last else pixels // unit),
-            batch * frames * triton.cdiv(groups, dims[4]) * dims[5] * parts,
+            batch * frames * cdiv(groups, dims[4]) * dims[5] * parts,
             batch * frames * groups,
             parts,
             [[stride // unit for stride in each[4:7]] for each in lie],

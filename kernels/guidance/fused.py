@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import NO_GLUON, as_operator, launch, select
+from ..dispatch import NO_GLUON, as_operator, cdiv, launch, select
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -83,7 +83,7 @@ def unavailable(tables: list[torch.Tensor], out_dtype: torch.dtype, **tokens: to
 def tile(channels: int) -> dict:
     """2048 numbers, of at most 256 channels at once, in narrower parts where these leave less to fill up."""
     block = min(256, max(8, triton.next_power_of_2(channels)))
-    while block > 32 and triton.cdiv(channels, block) * block > 1.125 * channels:
+    while block > 32 and cdiv(channels, block) * block > 1.125 * channels:
         block //= 2
     return {"BLOCK": block, "TOKENS": 2048 // block, "num_warps": 4}
 
@@ -97,7 +97,7 @@ def guided_step_fused(x, cond, uncond, x0_prev, coefficients, guidance, rows, kn
     strides = [0 if each is None else each.stride(0) for each in (x, cond, uncond, x0_prev)]
     unit, how = 8 if all(stride % 8 == 0 for stride in strides) else 1, tile(channels)
     launch(
-        "guided_step", guided_step_forward, triton.cdiv(tokens, how["TOKENS"]) * triton.cdiv(channels, how["BLOCK"]),
+        "guided_step", guided_step_forward, cdiv(tokens, how["TOKENS"]) * cdiv(channels, how["BLOCK"]),
         x, cond, uncond, x0_prev, coefficients, scales, rows, known, x_next, x0, guidance, tokens, *(stride // unit for stride in strides),
         coefficients.stride(0) if coefficients.dim() == 2 else 0, coefficients.stride(-1), 0 if scales is None else scales.stride(0),
         CHANNELS=channels, UNIT=unit, **how,

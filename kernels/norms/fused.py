@@ -11,11 +11,13 @@ three, since weight, scale and gate are the same throughout a row. The chunks of
 depends on the number of channels alone: other rows change no bit of a row's sums.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import INTERPRETED, NO_GLUON, as_operator, launch, select
+from ..dispatch import NO_GLUON, as_operator, cdiv, lanes, launch, select
 from ..fp8 import FP8, LARGEST
 
 LARGEST_CHANNELS = 16384
@@ -349,7 +351,8 @@ def unavailable(x: torch.Tensor, fp8: bool, **others: torch.Tensor | None) -> st
     return None
 
 
-def tile(channels: int, most_parts: int) -> dict:
+@cache
+def tile(channels: int, most_parts: int, lanes: int) -> dict:
     """How a kernel is launched that splits a token into at most so many parts: narrow parts, so that few threads share a token, but at
     least 64 channels, at most 4096; four warps, or as many as a part needs; and as many tokens as give them 16 bytes of bfloat16 each, or
     up to four times that where a token is narrow, twice for sums.
@@ -357,7 +360,7 @@ def tile(channels: int, most_parts: int) -> dict:
     part = 64
     while part < min(channels, 4096) and most_parts * part < channels:
         part *= 2
-    parts, at_once = triton.cdiv(channels, part), 8 * lanes()
+    parts, at_once = cdiv(channels, part), 8 * lanes
     num_warps = max(4, part // at_once)
     tokens = max(num_warps * at_once // part, (4096 if most_parts == PARTS else 2048) // (part * triton.next_power_of_2(parts)))
     return {"DIMS": (channels, part, parts), "TOKENS": tokens, "num_warps": num_warps}
@@ -366,11 +369,6 @@ def tile(channels: int, most_parts: int) -> dict:
 def chunk_size(at_once: int) -> int:
     """The tokens whose sums are one chunk's, of a kernel that takes so many at once."""
     return max(32, 16 * at_once)
-
-
-def lanes() -> int:
-    """Threads of a warp."""
-    return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
 
 
 def _unit(*tensors: torch.Tensor | None) -> int:
@@ -388,9 +386,9 @@ def norm_fused(op, x, y, gate, rows, shift, scale, weight, bias, kind, eps, tanh
     out = None if y is None else x.new_empty(x.shape)
     normed = None if kind is None else x.new_empty(x.shape, dtype=FP8 if fp8 else x.dtype)
     scales = x.new_empty(tokens, dtype=torch.float32) if fp8 else None
-    unit, how = _unit(x, y, gate, shift, scale), tile(x.shape[1], PARTS)
+    unit, how = _unit(x, y, gate, shift, scale), tile(x.shape[1], PARTS, lanes())
     launch(
-        op, norm_forward, triton.cdiv(tokens, how["TOKENS"]), x, y, gate, rows, shift, scale, weight, bias, out, normed, scales,
+        op, norm_forward, cdiv(tokens, how["TOKENS"]), x, y, gate, rows, shift, scale, weight, bias, out, normed, scales,
         *_strides(unit, x, y, gate, shift, scale), eps, tokens, UNIT=unit, LAYER=kind == "layer", TANH=tanh_gate, EXACT=exact, **how,
     )  # fmt: skip
     return out, normed, scales
@@ -419,15 +417,15 @@ def norm_fused_backward(op, dnormed, dout, x, y, gate, rows, shift, scale, weigh
     y, sums, kinds = y if wanted[2] else None, any(wanted[2:]), 2 * norm + wanted[2]
     tokens, channels = d.shape
     dx, dy = (d.new_empty(d.shape, dtype=dtype) if want else None for want, dtype in zip(wanted[:2], (d.dtype, y_dtype), strict=True))
-    how = tile(channels, PARTS_OF_SUMS if sums else PARTS)
+    how = tile(channels, PARTS_OF_SUMS if sums else PARTS, lanes())
     at_once, table, table_rows = how["TOKENS"], (None,) * 4, 1
     chunk = chunk_size(at_once) if sums else at_once
     if sums and rows is not None:
         table_rows = next(len(each) for each in (gate, scale, shift) if each is not None)
         table = chunks_of_rows(rows, table_rows, chunk)
     elif sums:
-        chunk = max(chunk, triton.cdiv(triton.cdiv(tokens, MOST_CHUNKS), at_once) * at_once)
-    chunks = triton.cdiv(tokens, chunk) if table[3] is None else len(table[3])
+        chunk = max(chunk, cdiv(cdiv(tokens, MOST_CHUNKS), at_once) * at_once)
+    chunks = cdiv(tokens, chunk) if table[3] is None else len(table[3])
     partial = d.new_empty(chunks, kinds, channels, dtype=torch.float32) if sums else None
     unit = _unit(d, dout, x, y, gate, scale)
     launch(
@@ -443,7 +441,7 @@ def norm_fused_backward(op, dnormed, dout, x, y, gate, rows, shift, scale, weigh
     )
     a, b = (d.new_empty(table_rows, channels, dtype=torch.float32) if any(wanted[5:]) else None for _ in range(2))
     launch(
-        op, sum_chunks, table_rows * triton.cdiv(channels, 32), partial, table[2], gate, weight, bias, dgate, dshift, dscale, a, b,
+        op, sum_chunks, table_rows * cdiv(channels, 32), partial, table[2], gate, weight, bias, dgate, dshift, dscale, a, b,
         0 if gate is None else gate.stride(0), chunks, CHANNELS=channels, BLOCK=32, STEP=64, KINDS=kinds, TANH=tanh_gate,
     )  # fmt: skip
     if a is not None and scale is not None:

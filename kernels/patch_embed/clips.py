@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import INTERPRETED, launch
+from ..dispatch import INTERPRETED, cdiv, launch
 from ..layout import VideoLayout
 from .reference import grid_of, video_rows, without_gaps
 
@@ -183,7 +183,7 @@ class Clips(NamedTuple):
 def place(op: str, clips: Sequence[Tensor], starts: Sequence[int], patch: Sequence[int], block_m: int = BLOCK_M) -> Clips:
     """Clips (channels, T, H, W), whose tokens start at these rows. A table of them, if there is to be one, is written on the device."""
     first = clips[0]
-    each = [triton.cdiv(math.prod(grid_of(clip, patch)), block_m) for clip in clips]
+    each = [cdiv(math.prod(grid_of(clip, patch)), block_m) for clip in clips]
     spaced = [clip.data_ptr() - first.data_ptr() for clip in clips]
     step, spacing = (starts[1] - starts[0], spaced[1]) if len(clips) > 1 else (0, 0)
     numbers = [(*clip.stride(), *clip.shape[1:], start) for clip, start in zip(clips, starts, strict=True)]

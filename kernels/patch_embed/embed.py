@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention.block import PRECISION
-from ..dispatch import launch
+from ..dispatch import cdiv, launch
 from .clips import BLOCK_M, Source, as_bytes, before_hopper, find, gather, grid_of_tokens, place, power, strides_of, unit_of, weights
 from .reference import grid_of
 
@@ -112,9 +112,9 @@ def embed(
     tables = [*positions, None, None, None][:3]
     unit, most = unit_of(weight, *tables), (128, 64) if wide else (64, 64) if weight.dtype.itemsize == 2 else (32, 32)
     block_n = power(width, 16, most[0])
-    blocks = triton.cdiv(width, block_n)
+    blocks = cdiv(width, block_n)
     group = max(1, min(blocks, LARGEST_GROUP, (2 if wide else 1) * clips.tiles * blocks // PROGRAMS))
-    groups = triton.cdiv(blocks, group)
+    groups = cdiv(blocks, group)
     launch(
         op, clips_to_tokens, clips.tiles * groups, out, clips.base, clips.table, clips.clip, weight, bias, *tables, places,
         as_bytes(known), known_weight, as_bytes(source.used),

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention.block import PRECISION
-from ..dispatch import launch
+from ..dispatch import cdiv, launch
 from ..norms.fused import chunks_of_rows
 from .clips import TYPES, as_bytes, compute_capability, power, strides_of, unit_of, weights
 from .project import FOLDED, Folded, factor_of, table_rows
@@ -128,14 +128,14 @@ def products_over_tokens(
     half = dtype.itemsize == 2
     block_n, block_k = power(width, 16, 128 if half else 32), power(elements, 16, 64)
     table = (None,) * 4 if rows is None or table_rows == 1 else chunks_of_rows(rows, table_rows, CHUNK)
-    chunks = triton.cdiv(tokens, CHUNK) if table[3] is None else len(table[3])
+    chunks = cdiv(tokens, CHUNK) if table[3] is None else len(table[3])
     partial = wide.new_empty(chunks, elements, width, dtype=torch.float32)
     sums = [
         wide.new_empty(chunks, size, dtype=torch.float32) if want else None for want, size in ((narrow_sums, elements), (wide_sums, width))
     ]
     unit = unit_of(narrow, wide)
     launch(
-        op, token_products, chunks * triton.cdiv(width, block_n) * triton.cdiv(elements, block_k), partial, *sums, narrow, wide, statistics,
+        op, token_products, chunks * cdiv(width, block_n) * cdiv(elements, block_k), partial, *sums, narrow, wide, statistics,
         as_bytes(used), *table, *strides_of(unit, narrow, wide), CHUNK, tokens,
         NARROW=elements, WIDE=width, dtype=TYPES[dtype], UNIT=unit, BLOCK_M=64 if half else 32, BLOCK_N=block_n, BLOCK_K=block_k,
         STAGES=3 if half else 2, num_warps=8 if compute_capability() >= 100 else 4,
@@ -148,7 +148,7 @@ def _sum_parts(op: str, partial: Tensor, chunk_starts: Tensor | None, table_rows
     size = partial[0].numel() if len(partial) else partial.shape[1:].numel()
     out = partial.new_empty(table_rows, *partial.shape[1:])
     launch(
-        op, sum_parts, table_rows * triton.cdiv(size, 128), out, partial, chunk_starts, len(partial),
+        op, sum_parts, table_rows * cdiv(size, 128), out, partial, chunk_starts, len(partial),
         SIZE=size, BLOCK=128, STEP=16, num_warps=4,
     )  # fmt: skip
     return out
@@ -227,10 +227,10 @@ def gradient_of_tokens(
     weight, stride_row, scale, norm_weight, sums = Folded.of(op, len(x), weight, bias, shift, scale, norm_weight, norm_bias)
     block_k, unit = power(elements, 16, 64), unit_of(x, d, out, weight, scale)
     launch(
-        op, folded_gradient, triton.cdiv(len(x), 64), dx, x, d, out, statistics, sums, weight, scale, norm_weight,
+        op, folded_gradient, cdiv(len(x), 64), dx, x, d, out, statistics, sums, weight, scale, norm_weight,
         None if rows is None else rows.contiguous(), *strides_of(unit, x, d, out, weight), stride_row // unit, *strides_of(unit, scale),
         len(x), WIDTH=x.shape[1], ELEMENTS=elements, NORM=kind, UNIT=unit, BLOCK_M=64, BLOCK_D=power(x.shape[1], 16, 64), BLOCK_K=block_k,
-        PARTS=triton.cdiv(elements, block_k), STAGES=3 if elements <= 128 else 2, num_warps=4,
+        PARTS=cdiv(elements, block_k), STAGES=3 if elements <= 128 else 2, num_warps=4,
     )  # fmt: skip
     return dx
 
@@ -288,7 +288,7 @@ def gradient_of_table(op: str, d: Tensor, index: Tensor, table_rows: int) -> Ten
     partial, unit = d.new_empty(SPLITS, table_rows, d.shape[1], dtype=torch.float32), unit_of(d)
     block = power(d.shape[1], 16, 256)
     launch(
-        op, sum_rows, SPLITS * table_rows * triton.cdiv(d.shape[1], block), partial, d, order, starts, *strides_of(unit, d), table_rows,
+        op, sum_rows, SPLITS * table_rows * cdiv(d.shape[1], block), partial, d, order, starts, *strides_of(unit, d), table_rows,
         WIDTH=d.shape[1], UNIT=unit, SPLITS=SPLITS, STEP=8, BLOCK_N=block, num_warps=4,
     )  # fmt: skip
     return partial.sum(0)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention.block import PRECISION
-from ..dispatch import launch
+from ..dispatch import cdiv, lanes, launch
 from ..norms import fused as norms
 from .clips import (
     BLOCK_M,
@@ -288,7 +288,7 @@ class Folded(NamedTuple):
         launch(
             op, fold_norm, rows * elements, sums, folded, weight, bias, shift, scale, norm_weight, norm_bias,
             *strides_of(unit, weight, shift, scale), elements, WIDTH=width, UNIT=unit, BLOCK=block,
-            num_warps=min(8, max(1, block // (8 * norms.lanes()))),
+            num_warps=min(8, max(1, block // (8 * lanes()))),
         )  # fmt: skip
         return cls(weight, 0, scale, norm_weight, sums) if folded is None else cls(folded[0], folded.stride(0), None, None, sums)
 
@@ -324,8 +324,8 @@ def project_tokens(
     """
     block_k, width = power(target.elements, 16, 64), x.shape[1]
     half, fold = weight.dtype.itemsize == 2, folds(x, weight, kind)
-    parts = min(triton.cdiv(target.elements, block_k), 4 if half and not (fold and before_hopper()) else 1)
-    groups, small = triton.cdiv(target.elements, parts * block_k), half and parts < 3
+    parts = min(cdiv(target.elements, block_k), 4 if half and not (fold and before_hopper()) else 1)
+    groups, small = cdiv(target.elements, parts * block_k), half and parts < 3
     sums = statistics = None
     stride_row = 0
     if fold:

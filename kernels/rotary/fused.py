@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import launch
+from ..dispatch import cdiv, constants, launch
 from ..fp8 import FP8, LARGEST
 from .reference import NormRope
 
@@ -489,7 +489,7 @@ def tiles_of(
     tokens, groups = 1, [powers_of_two(count) for count in heads]
     if across:  # so many channels a thread as its registers hold
         most = 24 if backward and (itemsize > 2 or biased) else 40
-        warps = min(max(2, triton.next_power_of_2(triton.cdiv(max(heads) * row, 32 * most))), 16)
+        warps = min(max(2, triton.next_power_of_2(cdiv(max(heads) * row, 32 * most))), 16)
     else:
         warps, most = 4, _floor(128 * (24 if backward and norm is not None else 48) // row)
         # Tokens for each thread to have 16 bytes of the narrowest part; heads of them, to share angles; more tokens where these are few.
@@ -515,16 +515,6 @@ def _floor(x: int) -> int:
 def _unit(strides: Sequence[int], itemsize: int) -> int:
     """The largest power of two that divides the strides, 16 bytes at most."""
     return math.gcd(16 // itemsize, *strides)
-
-
-def _constants(x):
-    """A record of constants, as kernels take it."""
-    return type(x)(*map(_constants, x)) if hasattr(x, "_fields") else tuple(map(_constants, x)) if isinstance(x, tuple) else tl.constexpr(x)
-
-
-@lru_cache(1024)
-def _constant_tile(tile: Tile) -> Tile:
-    return _constants(tile)
 
 
 def _tiles(
@@ -556,7 +546,7 @@ def _table(how: NormRope) -> tuple[Table | None, int]:
 
 
 def _number_of_tiles(x: torch.Tensor, tile: Tile) -> int:
-    return triton.cdiv(x.shape[0], tile.tokens) * tile.chunks
+    return cdiv(x.shape[0], tile.tokens) * tile.chunks
 
 
 def _strides(x: torch.Tensor, unit: int) -> tuple[int, int]:
@@ -579,7 +569,7 @@ def norm_rope_fused(
     slots = None if slots is None else slots.contiguous()
     sides = (
         Forward(
-            y, scale, slot, weight, bias, *_strides(x, tile.unit), *_strides(y, tile.unit), _constant_tile(tile)
+            y, scale, slot, weight, bias, *_strides(x, tile.unit), *_strides(y, tile.unit), constants(tile)
         )
         for x, y, scale, slot, weight, bias, tile in (
             (q, out[0], scales[0], None, how.q_weight, how.q_bias, q_tile), (k, out[1], scales[1], slots, how.k_weight, how.k_bias, k_tile),
@@ -608,7 +598,7 @@ def norm_rope_fused_backward(
             if parameters[j] is not None and wanted[j]:
                 sums[j] = x.new_empty(programs[i], tile.size, dtype=torch.float32)
         strides = (*_strides(x, tile.unit), *_strides(dout, tile.unit))
-        sides.append(Backward(dout, dx, parameters[i], sums[i], sums[i + 2], *strides, _constant_tile(tile)))
+        sides.append(Backward(dout, dx, parameters[i], sums[i], sums[i + 2], *strides, constants(tile)))
     table, table_rows = _table(how)
     launch(
         OP, rotary_backward, sum(programs), q, k, *sides, table, q.shape[0], k.shape[0], *programs, table_rows, how.eps, num_warps=warps,
