@@ -246,39 +246,52 @@ def project_backward(
         x, rows = _only(x, spans), None if rows is None else _only(rows, spans)
         statistics = _only(statistics, spans) if len(statistics) else statistics
     in_tokens = torch.cat([patches(clip, patch) for clip in source.clips]) if patch else _rows_contiguous(d)
-    dx = dweight = dbias = dshift = dscale = dnorm_weight = dnorm_bias = None
-    folded = len(statistics) and len(weight) <= MOST_ELEMENTS
-    if folded:
+    if patch:
+        source = source._replace(starts=one_after_the_other(source.clips, patch))
+    norm = shift, scale, rows, norm_weight, norm_bias, kind
+    grads, left = [None] * 7, list(wanted)
+    if len(statistics) and len(weight) <= MOST_ELEMENTS:
         out = torch.cat([patches(clip, patch) for clip in _target(out, len(weight), patch, sides, starts).clips]) if patch else out
-        made = in_tokens, out, x, statistics, weight, bias, shift, scale, rows, norm_weight, norm_bias, kind
-        if wanted[0]:
-            dx = gradient_of_tokens(op, *made)
-    if folded and few_rows(len(weight), len(x), shift, scale):
-        if any(wanted[1:]):
-            dweight, dbias, dshift, dscale, dnorm_weight, dnorm_bias = gradients_of_parameters(op, *made)
-    else:
-        normed = x
-        if kind is not None and wanted[1]:
-            normed = norms.norm_fused(op, x, None, None, rows, shift, scale, norm_weight, norm_bias, kind, eps, False, False, False)[1]
-        if wanted[1]:
-            dweight = products_over_tokens(op, in_tokens, normed, weight.dtype).products[0].to(weight.dtype)
-        if wanted[2]:
-            dbias = in_tokens.sum(0, dtype=torch.float32).to(bias.dtype)
-        if (wanted[0] and dx is None) or any(wanted[3:]):
-            if patch:
-                source = source._replace(starts=one_after_the_other(source.clips, patch))
-            dnormed = embed(op, source, weight, len(x), x.dtype, across=True)
-            if kind is None:
-                dx = dnormed
-            else:
-                wants = [wanted[0] and dx is None, False, False, *wanted[3:]]
-                found, _, _, dshift, dscale, dnorm_weight, dnorm_bias = norms.norm_fused_backward(
-                    op, dnormed, None, x, None, None, rows, shift, scale, norm_weight, norm_bias, kind, eps, False, x.dtype, wants
-                )
-                dx = found if dx is None else dx
-    dx = _among(dx, spans, x_all) if wanted[0] and spans else dx
-    results = dx, dweight, dbias, dshift, dscale, dnorm_weight, dnorm_bias
-    return _or_empty(d, *(result if want else None for result, want in zip(results, wanted, strict=True)))
+        grads = _gradients_where_folded(op, in_tokens, out, statistics, x, weight, bias, *norm, wanted)
+        left = [want and grad is None for want, grad in zip(wanted, grads, strict=True)]
+    if any(left):
+        others = _gradients_through_norm(op, source, in_tokens, x, weight, bias, *norm, eps, left)
+        grads = [other if missing else grad for grad, other, missing in zip(grads, others, left, strict=True)]
+    if wanted[0] and spans:
+        grads[0] = _among(grads[0], spans, x_all)
+    return _or_empty(d, *(grad if want else None for grad, want in zip(grads, wanted, strict=True)))
+
+
+def _gradients_where_folded(
+    op, in_tokens, out, statistics, x, weight, bias, shift, scale, rows, norm_weight, norm_bias, kind, wanted
+) -> list[Tensor | None]:
+    """As of `project_backward`, from the result and the statistics of a folded norm; but of parameters where rows are few alone."""
+    made = in_tokens, out, x, statistics, weight, bias, shift, scale, rows, norm_weight, norm_bias, kind
+    dx = gradient_of_tokens(op, *made) if wanted[0] else None
+    if any(wanted[1:]) and few_rows(len(weight), len(x), shift, scale):
+        return [dx, *gradients_of_parameters(op, *made)]
+    return [dx, *[None] * 6]
+
+
+def _gradients_through_norm(
+    op, source, in_tokens, x, weight, bias, shift, scale, rows, norm_weight, norm_bias, kind, eps, wanted
+) -> list[Tensor | None]:
+    """As of `project_backward`, by the norm's own kernels, forwards and backwards. source: the gradient in its clips."""
+    normed, grads = x, [None] * 7
+    if kind is not None and wanted[1]:
+        normed = norms.norm_fused(op, x, None, None, rows, shift, scale, norm_weight, norm_bias, kind, eps, False, False, False)[1]
+    if wanted[1]:
+        grads[1] = products_over_tokens(op, in_tokens, normed, weight.dtype).products[0].to(weight.dtype)
+    if wanted[2]:
+        grads[2] = in_tokens.sum(0, dtype=torch.float32).to(bias.dtype)
+    if wanted[0] or any(wanted[3:]):
+        grads[0] = embed(op, source, weight, len(x), x.dtype, across=True)
+        if kind is not None:
+            grads[0], _, _, *grads[3:] = norms.norm_fused_backward(
+                op, grads[0], None, x, None, None, rows, shift, scale, norm_weight, norm_bias, kind, eps, False, x.dtype,
+                [wanted[0], False, False, *wanted[3:]],
+            )  # fmt: skip
+    return grads
 
 
 def _only(x: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
