@@ -21,6 +21,7 @@ Size = tuple[int, int, int]
 Draw = Callable[..., Tensor]
 TOLERANCES = {torch.float32: Tolerance(1e-4, 1e-3), torch.bfloat16: Tolerance(5e-2, 3e-1)}
 """Of the untouched model: of bfloat16, what its own roundings in other places come to over all layers."""
+FP8_TOLERANCE = Tolerance(1.5e-1, 5e-1)
 
 
 @dataclass(frozen=True)
@@ -440,34 +441,37 @@ def problem(family: Family, device: torch.device) -> Problem:
         return family.call(draw, family.size if on_gpu else family.small_size, family.words if on_gpu else 32, model.config)
 
     @cache
-    def variant(ours: bool, compiled: bool) -> torch.nn.Module:
+    def variant(ours: bool, compiled: bool, precision: str | None = None) -> torch.nn.Module:
         """A model of its own with the same weights."""
         other = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-        if ours and (notes := accelerate(other).notes):  # attention alone is not what the case is of
+        if ours and (notes := accelerate(other, precision=precision).notes):  # attention alone is not what the case is of
             raise Unsupported("; ".join(notes))
         if compiled:
             other.compile_repeated_blocks(fullgraph=False) if getattr(other, "_repeated_blocks", None) else other.compile()
         return other
 
-    def implementation(name: str, ours: bool, compiled: bool) -> Implementation:
+    def implementation(name: str, ours: bool, compiled: bool = False, precision: str | None = None, **how) -> Implementation:
         def build(inputs: dict[str, Any]) -> Callable[[], Tensor]:
-            module = variant(ours, compiled)
+            module = variant(ours, compiled, precision)
             return lambda: step(module, inputs)
 
-        return Implementation(name, build, needs=("diffusers",), ours=ours, slow=compiled)
+        return Implementation(name, build, needs=("diffusers",), ours=ours, slow=compiled, **how)
 
     @torch.no_grad()
     def step(module: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
         return module(**inputs, return_dict=False)[0]
 
+    implementations = [
+        implementation("tubelet", True),
+        implementation("diffusers", False),
+        implementation("tubelet, torch.compile", True, True),
+        implementation("diffusers, torch.compile", False, True),
+    ]
+    if on_gpu:  # a CPU has no products in FP8
+        implementations.append(implementation("tubelet, FP8", True, precision="fp8", comparable=False, tolerance=FP8_TOLERANCE))
     return Problem(
         make=make,
-        implementations=[
-            implementation("tubelet", True, False),
-            implementation("diffusers", False, False),
-            implementation("tubelet, torch.compile", True, True),
-            implementation("diffusers, torch.compile", False, True),
-        ],
+        implementations=implementations,
         reference=lambda inputs: step(model, inputs),
         dtype=dtype,
         flops=0.0,

@@ -5,12 +5,13 @@ plain torch, and by diffusers.
 import copy
 from collections.abc import Sequence
 from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .harness import DEFAULT, FULL, QUICK, Case, Implementation, Problem, Tolerance, storage_bytes
+from .harness import DEFAULT, FP8_TOLERANCE, FULL, QUICK, Case, Implementation, Problem, Tolerance, storage_bytes
 from .peers import compile_
 from .wan import Packed, WanConfig, WanModel, flops
 
@@ -20,20 +21,28 @@ LARGE = WanConfig(heads=40, head_dim=128, mlp=13_824, layers=40)
 ON_CPU = WanConfig(heads=4, head_dim=64, mlp=1024, layers=4, text_width=256)
 TOLERANCES = {torch.float32: Tolerance(1e-3, 5e-3), torch.bfloat16: Tolerance(5e-2, 2e-1)}
 """Of some tens of layers."""
+NOT_COMPARABLE = ("tubelet one by one", "tubelet without FP8")
 
 
 def problem(
-    config: WanConfig, grids: Sequence[Grid], words: int, device: torch.device, only: Sequence[str] | None = None, blocks: bool = False
+    config: WanConfig,
+    grids: Sequence[Grid],
+    words: int,
+    device: torch.device,
+    only: Sequence[str] | None = None,
+    blocks: bool = False,
+    fp8: bool = False,
 ) -> Problem:
     """One evaluation of the model on requests of these grids, each with so many words; with `blocks`, of its blocks alone, on tokens. only:
-    names of implementations, of all.
+    names of implementations, of all. fp8: the products of ours, and of a peer, are in E4M3; of the others, which are what that is to be
+    faster than, in bfloat16.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     text, uniform = [words] * len(grids), len(set(grids)) == 1
     torch.manual_seed(0)
     with torch.device(device):
         model = WanModel(config).to(dtype).eval().requires_grad_(False)
-    model.fuse()
+    model.fuse(fp8)
     pack = Packed.of(grids, text, config.head_dim, device)
     singles = [Packed.of([grid], [words], config.head_dim, device) for grid in grids]
     longest = max(grids, key=lambda grid: grid[0] * grid[1] * grid[2])
@@ -61,12 +70,12 @@ def problem(
             return mine | {"x": inputs["x"][span.video_start : span.video_stop], "condition": inputs["condition"][i : i + 1]}
         return mine | {"clips": inputs["clips"][i : i + 1], "times": inputs["times"][i : i + 1]}
 
-    def packed(inputs, where: Packed = pack) -> list[Tensor]:
+    def packed(inputs, where: Packed = pack, fp8: bool = fp8) -> list[Tensor]:
         if not blocks:
-            return model.packed(**inputs, pack=where)
+            return model.packed(**inputs, pack=where, fp8=fp8)
         x = inputs["x"]
         for block in model.blocks:
-            x = block.packed(x, inputs["text"], inputs["condition"], where)
+            x = block.packed(x, inputs["text"], inputs["condition"], where, fp8)
         return [x[span.video_start : span.video_stop] for span in where.layout.clips]
 
     def dense(blocks_of, step, inputs, where: Packed, batch: int = 1) -> list[Tensor]:
@@ -90,11 +99,19 @@ def problem(
     eager = eager_on(model)
 
     @cache
-    def compiled():
+    def compiled(module: WanModel = model):
         # Block by block, as one compiles such models: a graph of all of them would take minutes to compile.
-        one = compile_(type(model.blocks[0]).dense)
-        each, step = [partial(one, block) for block in model.blocks], partial(model.dense, run=one)
+        one = compile_(type(module.blocks[0]).dense)
+        each, step = [partial(one, block) for block in module.blocks], partial(module.dense, run=one)
         return lambda inputs, where, batch=1: dense(each, step, inputs, where, batch)
+
+    @cache
+    def by_torchao():
+        torchao = import_module("torchao.quantization")
+        other = copy.deepcopy(model)
+        by_row = torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow())
+        torchao.quantize_(other.blocks, by_row)
+        return compiled(other)
 
     @cache
     def theirs():
@@ -130,8 +147,11 @@ def problem(
     runs: dict[str, tuple] = {"tubelet": (lambda: packed, (), True)}
     if len(grids) > 1:
         runs["tubelet one by one"] = (lambda: in_turn(packed), (), True)
+    if fp8:
+        runs["tubelet without FP8"] = (lambda: lambda inputs: packed(inputs, fp8=False), (), True)
     if uniform:
-        whole = {"torch": lambda: eager, "torch.compile": compiled, "diffusers": theirs}
+        whole = {"torch": lambda: eager, "torch.compile": compiled}
+        whole |= {"torchao FP8, torch.compile": by_torchao} if fp8 else {"diffusers": theirs}
         for name, ready in whole.items():
             runs[name] = (lambda ready=ready: lambda inputs: ready()(inputs, pack, len(grids)), _needs(name), False)
     elif blocks:
@@ -143,7 +163,7 @@ def problem(
         runs = {name: run for name, run in runs.items() if "compile" not in name}
     implementations = [
         Implementation(
-            name, lambda inputs, ready=ready: _bound(ready(), inputs), needs, ours, name != "tubelet one by one", "compile" in name
+            name, lambda inputs, ready=ready: _bound(ready(), inputs), needs, ours, name not in NOT_COMPARABLE, "compile" in name
         )
         for name, (ready, needs, ours) in runs.items()
         if only is None or name in only
@@ -164,13 +184,13 @@ def problem(
         dtype=dtype,
         flops=flops(config, grids, text),
         bytes=storage_bytes(list(model.parameters())) + 2 * config.layers * tokens * config.width * dtype.itemsize,
-        tolerance=TOLERANCES[dtype],
+        tolerance=FP8_TOLERANCE if fp8 else TOLERANCES[dtype],
         capturable=False,
     )
 
 
 def _needs(name: str) -> tuple[str, ...]:
-    return ("diffusers",) if name == "diffusers" else ()
+    return tuple(each for each in ("diffusers", "torchao") if name.startswith(each))
 
 
 def _bound(run, inputs):
@@ -188,10 +208,11 @@ def case(op: str, name: str, config: WanConfig, grids: Sequence[Grid], level: in
         "head_dim": config.head_dim,
         "layers": config.layers,
         "words": words,
-        "dtype": "float32" if on_cpu else "bfloat16",
+        "dtype": "float8_e4m3fn" if how.get("fp8") else "float32" if on_cpu else "bfloat16",
     }
     devices = ("cpu",) if on_cpu else ("cuda",)
-    return Case(op, name, shape, lambda device: problem(config, grids, words, device, **how), level, series, devices)
+    make = partial(problem, config, grids, words, **how)
+    return Case(op, name, shape, make, level, series, devices, representative=bool(how.get("fp8")))
 
 
 def layers(config: WanConfig, count: int) -> WanConfig:
@@ -207,12 +228,16 @@ def cases() -> list[Case]:
     return [
         case("block", "Wan 2.1 1.3B 480p", one, [(21, 30, 52)], QUICK, blocks=True),
         case("block", "Wan 2.1 14B 480p", one_large, [(21, 30, 52)], DEFAULT, blocks=True),
+        case("block", "Wan 2.1 1.3B 480p, FP8", one, [(21, 30, 52)], DEFAULT, blocks=True, fp8=True),
+        case("block", "Wan 2.1 14B 480p, FP8", one_large, [(21, 30, 52)], FULL, blocks=True, fp8=True),
         case("block", "Wan 2.1 1.3B, mixed pack", one, MIXED, DEFAULT, blocks=True),
         case("denoising step", "Wan 2.1 1.3B 480p, 17 frames", SMALL, [(5, 30, 52)], DEFAULT),
         case("denoising step", "Wan 2.1 1.3B 480p, 81 frames", SMALL, [(21, 30, 52)], FULL),
+        case("denoising step", "Wan 2.1 1.3B 480p, 81 frames, FP8", SMALL, [(21, 30, 52)], FULL, fp8=True),
         case("denoising step", "Wan 2.1 1.3B, mixed pack", SMALL, MIXED, FULL),
         case("block", "Wan, small", one_cpu, [(5, 10, 14)], QUICK, 32, blocks=True),
         case("block", "Wan, small, mixed pack", one_cpu, CPU_MIXED, QUICK, 32, blocks=True),
+        case("block", "Wan, small, FP8", one_cpu, [(5, 10, 14)], FULL, 32, blocks=True, fp8=True),
         case("denoising step", "Wan, small", ON_CPU, [(5, 10, 14)], QUICK, 32),
         case("denoising step", "Wan, small, mixed pack", ON_CPU, CPU_MIXED, DEFAULT, 32),
     ]

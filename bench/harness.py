@@ -63,7 +63,7 @@ class Implementation:
     """build: from one set of inputs to a call without arguments that gives the outputs; what happens in `build` is not timed. needs: the
     modules that it imports. ours: of this project. comparable: does the same work from the same inputs; if not, it is shown, and is no peer
     in ratios. slow: compiles for some seconds, so that a quick run leaves it out, and one of the default level times it in representative
-    cases alone.
+    cases alone. tolerance: if it may err more than others of its case.
     """
 
     name: str
@@ -72,6 +72,7 @@ class Implementation:
     ours: bool = False
     comparable: bool = True
     slow: bool = False
+    tolerance: Tolerance | None = None
 
 
 @dataclass
@@ -395,7 +396,7 @@ class Bench:
     def _measure(self, problem: Problem, implementation: Implementation, expected: Any, result: Measurement) -> None:
         from tubelet.kernels import engaged, reset_engaged
 
-        allowed = problem.tolerance or TOLERANCE[problem.dtype]
+        allowed = implementation.tolerance or problem.tolerance or TOLERANCE[problem.dtype]
         with torch.enable_grad() if problem.gradients else torch.inference_mode():
             inputs = problem.make(0)
             call = implementation.build(inputs)

@@ -26,7 +26,8 @@ FOLDER = Path(__file__).parent / "results"
 VARIABLE = "TUBELET_COMMIT"
 """Names the commit where there is no repository around this code."""
 STATUSES = ("ok", "wrong", "failed", "missing", "unsupported", "out of memory", "timed out", "not run")
-VERSIONS = ("tubelet", "torch", "triton", "diffusers", "xformers", "flash-attn", "flash-attn-4", "liger-kernel", "sageattention", "numpy")
+PEERS = ("diffusers", "xformers", "flash-attn", "flash-attn-4", "liger-kernel", "sageattention", "torchao")
+VERSIONS = ("tubelet", "torch", "triton", *PEERS, "numpy")
 
 
 @dataclass

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tubelet.engine.dit import waves
+from tubelet.engine.precision import FP8Linear
 from tubelet.kernels import (
     Full,
     Modulation,
     VideoLayout,
     attention,
     gated_residual,
+    gelu_quantize_rows,
     modulated_norm,
     patch_embed,
     qk_norm_rope,
@@ -95,26 +97,37 @@ class WanBlock(nn.Module):
     @torch.no_grad()
     def fuse(self) -> None:
         """One product for q, k and v, and one for the k and v of the text: for `packed`. The parameters stay as they are."""
-        one, two = self.attn1, self.attn2
-        self.qkv = tuple(torch.cat([getattr(x, name) for x in (one.to_q, one.to_k, one.to_v)]) for name in ("weight", "bias"))
-        self.kv = tuple(torch.cat([getattr(x, name) for x in (two.to_k, two.to_v)]) for name in ("weight", "bias"))
+        one, two, mlp = self.attn1, self.attn2, self.ffn.net
+        self.products = {
+            "qkv": _joined(one.to_q, one.to_k, one.to_v), "out": one.to_out[0], "q": two.to_q, "kv": _joined(two.to_k, two.to_v),
+            "text out": two.to_out[0], "mlp in": mlp[0].proj, "mlp out": mlp[2],
+        }  # fmt: skip
 
-    def packed(self, x: Tensor, text: Tensor, condition: Tensor, pack: Packed) -> Tensor:
-        """x (tokens, width), text (text tokens, width), condition (clips, 6, width)."""
+    def to_fp8(self) -> None:
+        """The same in E4M3: for `packed` with fp8."""
+        self.products8 = {name: FP8Linear(each) for name, each in self.products.items()}
+
+    def packed(self, x: Tensor, text: Tensor, condition: Tensor, pack: Packed, fp8: bool = False) -> Tensor:
+        """x (tokens, width), text (text tokens, width), condition (clips, 6, width). fp8: products in E4M3, what goes into them quantised
+        by what is before them.
+        """
         shift, scale, gate, shift2, scale2, gate2 = (self.scale_shift_table + condition).unbind(1)
-        rows, one, two = pack.rows, self.attn1, self.attn2
-        h = modulated_norm(x, shift, scale, rows, eps=EPS)
-        q, k, v = F.linear(h, *self.qkv).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        rows, one, two, products = pack.rows, self.attn1, self.attn2, self.products8 if fp8 else self.products
+        h = modulated_norm(x, shift, scale, rows, eps=EPS, fp8=fp8)
+        q, k, v = products["qkv"](h).unflatten(-1, (3, self.heads, -1)).unbind(1)
         q, k = qk_norm_rope(q, k, one.norm_q.weight, one.norm_k.weight, pack.cos, pack.sin, across_heads=True, eps=EPS)
-        y = one.to_out[0](attention(q, k, v, pack.layout, Full()).flatten(1))
-        x, h = gated_residual(x, y, gate, rows, norm=Modulation(None, None, "layer", self.norm2.weight, self.norm2.bias, EPS))
-        q = modulated_norm(two.to_q(h), kind="rms", weight=two.norm_q.weight, eps=EPS)
-        k, v = F.linear(text, *self.kv).chunk(2, dim=-1)
+        y = products["out"](attention(q, k, v, pack.layout, Full()).flatten(1))
+        norm2 = Modulation(None, None, "layer", self.norm2.weight, self.norm2.bias, EPS)
+        x, h = gated_residual(x, y, gate, rows, norm=norm2, fp8=fp8)
+        q = modulated_norm(products["q"](h), kind="rms", weight=two.norm_q.weight, eps=EPS)
+        k, v = products["kv"](text).chunk(2, dim=-1)
         k = modulated_norm(k.contiguous(), kind="rms", weight=two.norm_k.weight, eps=EPS)
         q, k, v = (each.unflatten(-1, (self.heads, -1)) for each in (q, k, v))
-        y = two.to_out[0](attention(q, k, v, pack.layout, Full(), kv_layout=pack.text_layout).flatten(1))
-        x, h = gated_residual(x, y, rows=rows, norm=Modulation(shift2, scale2, eps=EPS))
-        return gated_residual(x, self.ffn(h), gate2, rows)
+        y = products["text out"](attention(q, k, v, pack.layout, Full(), kv_layout=pack.text_layout).flatten(1))
+        x, h = gated_residual(x, y, rows=rows, norm=Modulation(shift2, scale2, eps=EPS), fp8=fp8)
+        h = products["mlp in"](h)
+        h = gelu_quantize_rows(h, "tanh") if fp8 else F.gelu(h, approximate="tanh")
+        return gated_residual(x, products["mlp out"](h), gate2, rows)
 
     def dense(self, x: Tensor, text: Tensor, condition: Tensor, cos: Tensor, sin: Tensor, hidden: Tensor | None = None) -> Tensor:
         """x (batch, tokens, width), text (batch, words, width), condition (batch, 6, width), cos and sin (tokens, pairs) or with a batch;
@@ -135,6 +148,14 @@ class WanBlock(nn.Module):
         x = x + two.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         h = F.layer_norm(x, width, eps=EPS) * (1 + scale2) + shift2
         return x + self.ffn(h) * gate2
+
+
+def _joined(*linears: nn.Linear) -> nn.Linear:
+    """One that gives what they give, side by side."""
+    one = nn.Linear(linears[0].in_features, sum(each.out_features for each in linears), device="meta")
+    for name in ("weight", "bias"):
+        setattr(one, name, nn.Parameter(torch.cat([getattr(each, name) for each in linears]), requires_grad=False))
+    return one
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -173,19 +194,21 @@ class WanModel(nn.Module):
         self.proj_out = nn.Linear(config.width, config.channels * 4)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.width) / config.width**0.5)
 
-    def fuse(self) -> None:
-        """For `packed`."""
+    def fuse(self, fp8: bool = False) -> None:
+        """For `packed`; and for that with fp8."""
         for block in self.blocks:
             block.fuse()
+            if fp8:
+                block.to_fp8()
 
-    def packed(self, clips: Sequence[Tensor], times: Tensor, text: Tensor, pack: Packed) -> list[Tensor]:
+    def packed(self, clips: Sequence[Tensor], times: Tensor, text: Tensor, pack: Packed, fp8: bool = False) -> list[Tensor]:
         """clips (channels, T, H, W) of any sizes, times (clips,), text (words of all clips, text_width); what the model says of each
         clip.
         """
         x = patch_embed(clips, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias, patch=PATCH)
         time, condition, text = self.condition_embedder(times, text)
         for block in self.blocks:
-            x = block.packed(x, text, condition, pack)
+            x = block.packed(x, text, condition, pack, fp8)
         shift, scale = (self.scale_shift_table + time[:, None]).unbind(1)
         x = self.proj_out(modulated_norm(x, shift, scale, pack.rows, eps=EPS))
         return [_video(x[span.video_start : span.video_stop], span.grid) for span in pack.layout.clips]

@@ -477,6 +477,15 @@ def test_a_short_call_is_timed_in_a_graph():
     assert found.status == "ok" and found.graph_ms < found.ms and 0 < found.host_ms < 1
 
 
+def test_a_block_in_fp8():
+    (case,) = suite.select("cpu", "full", ["block/Wan, small, FP8"])
+    found = {each.implementation: each for each in Bench(Settings(CPU, seconds=0.001)).measure(case) if each.status != "missing"}
+    assert all(each.status == "ok" for each in found.values()), found
+    ours, other = found["tubelet"], found["tubelet without FP8"]
+    assert {"fp8_linear", "gelu_quantize_rows"} <= ours.engaged.keys() and "fp8_linear" not in other.engaged
+    assert other.error[0] < 1e-5 < ours.error[0] and ours.comparable and not other.comparable
+
+
 def test_attention_of_one_head_alone_wrong_is_caught(monkeypatch):
     """Compared are the first and the last head, and finiteness of all."""
     real = attention.attention
