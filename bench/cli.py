@@ -77,7 +77,8 @@ def bench(
     if interrupted:
         console.print(f"interrupted: what was measured is in {out}", style="yellow")
         raise typer.Exit(130)
-    from .report import is_busy, summary
+    from .analysis import is_busy
+    from .report import summary
 
     console.print(summary(result))
     if is_busy(result):
@@ -97,7 +98,8 @@ def report(
     readme: Annotated[Path | None, typer.Option(help="Also write the section on speed anew between its marks in this file.")] = None,
 ) -> None:
     """Draw tables and plots of results: Markdown, pictures and one HTML page."""
-    from .report import latest, load, update_readme, write_report
+    from .analysis import latest, load
+    from .report import update_readme, write_report
 
     runs = load(results)
     if readme is not None:

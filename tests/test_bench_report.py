@@ -6,7 +6,7 @@ import re
 import sys
 
 import pytest
-from tubelet.bench import record, report, roofline
+from tubelet.bench import analysis, record, report, roofline
 from tubelet.bench.compare import compare
 from tubelet.bench.record import Ceilings, Measurement, Run
 from tubelet.engine import cli
@@ -105,7 +105,7 @@ def test_committed_results_are_valid():
 
 
 def test_the_best_peer_and_the_floor():
-    found = {(row.op, row.case): row for row in report.rows(a_run())}
+    found = {(row.op, row.case): row for row in analysis.rows(a_run())}
     row = found["temporal", "Latte"]
     assert row.peer.implementation == "torch SDPA" and row.ratio == 2 and row.ours.implementation == "tubelet"
     assert row.of_floor == pytest.approx(1e9 / 7e14 * 1e3)  # FLOPs bind: more than 1e6 / 3e12
@@ -115,19 +115,19 @@ def test_the_best_peer_and_the_floor():
 
 def test_a_graph_is_not_compared_with_a_call():
     run = a_run(measurements=[timed("op", "a", "tubelet", 0.05, graph_ms=0.01), timed("op", "a", "torch", 0.04)])
-    (row,) = report.rows(run)
+    (row,) = analysis.rows(run)
     assert not row.in_graph and row.ratio == pytest.approx(0.8)
 
 
 def test_exponents():
-    found = {(series, name): exponent for series, name, exponent, _ in report.exponents(a_run())}
+    found = {(series, name): exponent for series, name, exponent, _ in analysis.exponents(a_run())}
     assert found == {("full", "tubelet"): pytest.approx(1), ("full", "torch"): pytest.approx(2)}
 
 
 def test_report(tmp_path):
     pytest.importorskip("matplotlib")
     runs = [(tmp_path / "gpu.json", a_run()), (tmp_path / "cpu.json", a_run(device="CPU x", kind="cpu"))]
-    written = report.write_report(report.latest(runs), tmp_path / "out")
+    written = report.write_report(analysis.latest(runs), tmp_path / "out")
     names = {path.name for path in written}
     assert {"report.md", "report.html"} <= names and len([name for name in names if name.endswith(".png")]) == 10
     text, page = (tmp_path / "out" / "report.md").read_text(), (tmp_path / "out" / "report.html").read_text()
@@ -145,7 +145,7 @@ def test_report(tmp_path):
 
 def test_how_long_requests_wait():
     """In a pack until its end; one by one, the i-th of n for the i before it."""
-    found = {(each.requests, each.how): each for each in report.packing(a_run())}
+    found = {(each.requests, each.how): each for each in analysis.packing(a_run())}
     packed, alone = found[4, "tubelet"], found[4, "tubelet one by one"]
     assert packed.rate == alone.rate == pytest.approx(4 * 64 / 4e-3) and packed.mean == packed.longest == 4
     assert alone.longest == 4 and alone.mean == (1 + 2 + 3 + 4) / 4
@@ -157,7 +157,7 @@ def test_what_a_copy_of_as_many_bytes_takes(bytes_, expected):
     ceilings = Ceilings(1e12, {"bfloat16": 7e14}, {"2000000": 0.004, "8000000": 0.016})
     call = timed("norms", "short", "tubelet", 0.02, shape={"dtype": "bfloat16"}, flops=1e3, bytes=bytes_)
     assert roofline.copy_ms(call, ceilings) == (expected if expected is None else pytest.approx(expected))
-    row = report.rows(a_run(measurements=[call], ceilings=ceilings))[0]
+    row = analysis.rows(a_run(measurements=[call], ceilings=ceilings))[0]
     assert row.copy == roofline.copy_ms(call, ceilings)
     assert roofline.copy_ms(dataclasses.replace(call, flops=1e12), ceilings) is None  # bound by the products
     assert roofline.copy_ms(call, Ceilings(1e12, {"bfloat16": 7e14})) is None  # an older file
@@ -165,7 +165,7 @@ def test_what_a_copy_of_as_many_bytes_takes(bytes_, expected):
 
 def test_a_floor_needs_flops():
     run = a_run(measurements=[timed("sampling", "a", "tubelet", 1.0, flops=0.0)])
-    (row,) = report.rows(run)
+    (row,) = analysis.rows(run)
     assert row.of_floor is None
 
 
@@ -174,7 +174,7 @@ def test_latest_prefers_more_than_quick(tmp_path):
         (tmp_path / name, a_run(level=level, date=f"2026-11-{day}T10:00:00+00:00"))
         for name, level, day in (("a", "default", 10), ("b", "quick", 12), ("c", "full", 11))
     )
-    assert report.latest([old, quick, new]) == [new] and report.latest([quick]) == [quick]
+    assert analysis.latest([old, quick, new]) == [new] and analysis.latest([quick]) == [quick]
 
 
 def test_an_unfinished_run_has_one_that_was_finished_beside_it(tmp_path):
@@ -183,7 +183,7 @@ def test_an_unfinished_run_has_one_that_was_finished_beside_it(tmp_path):
         for name, day, complete in (("a", 10, True), ("b", 11, False))
     )
     unfinished[1].measurements = [each for each in unfinished[1].measurements if each.op == "temporal"]
-    first, second = report.latest([finished, unfinished])
+    first, second = analysis.latest([finished, unfinished])
     assert first == unfinished and second[0] == finished[0]
     assert {each.op for each in second[1].measurements} == {each.op for each in finished[1].measurements} - {"temporal"}
     section = report.speed_section([first, second])
