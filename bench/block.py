@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .harness import DEFAULT, FP8_TOLERANCE, FULL, QUICK, Case, Implementation, Problem, Tolerance, storage_bytes
+from .harness import DEFAULT, FP8_TOLERANCE, FULL, QUICK, Case, Implementation, Problem, Tolerance
 from .peers import compile_
 from .wan import Packed, WanConfig, WanModel, flops
 
@@ -183,7 +183,7 @@ def problem(
         reference=reference,
         dtype=dtype,
         flops=flops(config, grids, text),
-        bytes=storage_bytes(list(model.parameters())) + 2 * config.layers * tokens * config.width * dtype.itemsize,
+        bytes=model.weight_bytes(blocks, fp8) + 2 * config.layers * tokens * config.width * dtype.itemsize,
         tolerance=FP8_TOLERANCE if fp8 else TOLERANCES[dtype],
         capturable=False,
     )

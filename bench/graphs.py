@@ -2,6 +2,7 @@
 project's ops and in plain torch.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -59,8 +60,7 @@ def problem(grid: tuple[int, int, int], words: int, device: torch.device) -> Pro
         return x[0]
 
     def reference(inputs: dict[str, Tensor]) -> Tensor:
-        exact = WanModel(config).to(device).requires_grad_(False)
-        exact.load_state_dict(model.state_dict())
+        exact = copy.deepcopy(model).float()
         return dense(**{name: each.float() for name, each in inputs.items()}, model=exact)
 
     implementations = []
@@ -73,7 +73,7 @@ def problem(grid: tuple[int, int, int], words: int, device: torch.device) -> Pro
         reference=reference,
         dtype=dtype,
         flops=flops(config, [grid], [words]),
-        bytes=0.0,
+        bytes=model.weight_bytes(True, False) + 2 * config.layers * pack.layout.tokens * config.width * dtype.itemsize,
         tolerance=TOLERANCES[dtype],
         capturable=False,
     )

@@ -10,11 +10,12 @@ OP = "guided step"
 
 
 def plain(x, cond, uncond, x0_prev, coefficients, guidance, rows):
-    p, q, a, b, c = coefficients[rows].to(wide(x).dtype).split(1, dim=1)
-    state, low = wide(x), wide(uncond)
-    o = low + guidance[rows][:, None] * (wide(cond) - low)
+    """rows: of clips of one size, whose coefficients are broadcast and not gathered."""
+    p, q, a, b, c = coefficients.to(wide(x).dtype)[:, None].split(1, dim=2)
+    state, high, low, last = (wide(each).unflatten(0, (len(guidance), -1)) for each in (x, cond, uncond, x0_prev))
+    o = low + guidance[:, None, None] * (high - low)
     x0 = p * state + q * o
-    return (a * state + b * x0 + c * wide(x0_prev)).to(x.dtype), x0.to(x.dtype)
+    return (a * state + b * x0 + c * last).flatten(0, 1).to(x.dtype), x0.flatten(0, 1).to(x.dtype)
 
 
 def ours(x, cond, uncond, x0_prev, coefficients, guidance, rows, implementation):

@@ -58,7 +58,7 @@ def _product(n: int, dtype: torch.dtype, device: torch.device):
     a, b = (torch.randn(n, n, device=device) for _ in range(2))
     if dtype is FP8:
         a, b, one = a.to(FP8), b.to(FP8), torch.ones(1, device=device)
-        return lambda: torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        return lambda: torch._scaled_mm(a, b.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
     a, b = a.to(dtype), b.to(dtype)
     return lambda: a @ b
 

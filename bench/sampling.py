@@ -41,14 +41,14 @@ def decode(frames: int, height: int, width: int, device: torch.device) -> Proble
         found.append(Implementation("tubelet, bfloat16", lambda space: lambda: half.decode_space(space.to(torch.bfloat16)), ours=True))
         compiled = compile_(vae.decode_space)
         found.append(Implementation("tubelet, torch.compile", lambda space: lambda: compiled(space), ours=True, slow=True))
-    exact = copy.deepcopy(vae).double()
+    exact, space = copy.deepcopy(vae).double(), make(0)
     return Problem(
         make=make,
         implementations=found,
         reference=lambda space: exact.decode_space(space.double()),
         dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,  # what is allowed, if not what all take
-        flops=flops_of(lambda: vae.decode_space(make(0))),
-        bytes=storage_bytes(make(0)) + 4 * 3 * frames * height * width,
+        flops=flops_of(lambda: vae.decode_space(space)),
+        bytes=storage_bytes(space) + 4 * 3 * frames * height * width,
         capturable=False,
     )
 

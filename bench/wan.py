@@ -96,11 +96,12 @@ class WanBlock(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> None:
-        """One product for q, k and v, and one for the k and v of the text: for `packed`. The parameters stay as they are."""
+        """One product for q, k and v, and one for the k and v of the text, beside the parameters that stay as they are: what is timed."""
         one, two, mlp = self.attn1, self.attn2, self.ffn.net
+        self.qkv, self.kv = _joined(one.to_q, one.to_k, one.to_v), _joined(two.to_k, two.to_v)
         self.products = {
-            "qkv": _joined(one.to_q, one.to_k, one.to_v), "out": one.to_out[0], "q": two.to_q, "kv": _joined(two.to_k, two.to_v),
-            "text out": two.to_out[0], "mlp in": mlp[0].proj, "mlp out": mlp[2],
+            "qkv": self.qkv, "out": one.to_out[0], "q": two.to_q, "kv": self.kv, "text out": two.to_out[0], "mlp in": mlp[0].proj,
+            "mlp out": mlp[2],
         }  # fmt: skip
 
     def to_fp8(self) -> None:
@@ -136,15 +137,15 @@ class WanBlock(nn.Module):
         shift, scale, gate, shift2, scale2, gate2 = (self.scale_shift_table + condition)[:, :, None].unbind(1)
         one, two, width = self.attn1, self.attn2, x.shape[-1:]
         h = F.layer_norm(x, width, eps=EPS) * (1 + scale) + shift
-        q, k, v = one.norm_q(one.to_q(h)), one.norm_k(one.to_k(h)), one.to_v(h)
-        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (q, k, v))
+        q, k, v = self.qkv(h).chunk(3, dim=-1)
+        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (one.norm_q(q), one.norm_k(k), v))
         q, k = _turn(q, cos, sin), _turn(k, cos, sin)
         seen = None if hidden is None else ~hidden[:, None, None]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)
         x = x + one.to_out[0](y) * gate
         h = self.norm2(x)
-        q, k, v = two.norm_q(two.to_q(h)), two.norm_k(two.to_k(text)), two.to_v(text)
-        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (q, k, v))
+        k, v = self.kv(text).chunk(2, dim=-1)
+        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (two.norm_q(two.to_q(h)), two.norm_k(k), v))
         x = x + two.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         h = F.layer_norm(x, width, eps=EPS) * (1 + scale2) + shift2
         return x + self.ffn(h) * gate2
@@ -173,6 +174,9 @@ class ConditionEmbedder(nn.Module):
         self.time_embedder.linear_1, self.time_embedder.linear_2 = nn.Linear(256, width), nn.Linear(width, width)
         self.time_proj = nn.Linear(width, 6 * width)
         self.text_embedder.linear_1, self.text_embedder.linear_2 = nn.Linear(config.text_width, width), nn.Linear(width, width)
+        for module in self.modules():  # to numbers about one, as of a trained model: gates near zero would hide what is wrong behind them
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=1.6 * module.in_features**-0.5)
 
     def forward(self, times: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(time, (clips, width); what modulates the blocks, (clips, 6, width); text)."""
@@ -195,7 +199,7 @@ class WanModel(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.width) / config.width**0.5)
 
     def fuse(self, fp8: bool = False) -> None:
-        """For `packed`; and for that with fp8."""
+        """Before anything is run; and for `packed` with fp8."""
         for block in self.blocks:
             block.fuse()
             if fp8:
@@ -225,8 +229,15 @@ class WanModel(nn.Module):
         x = self.proj_out(F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift)
         return torch.stack([_video(each, grid) for each in x])
 
+    def weight_bytes(self, blocks: bool, fp8: bool) -> int:
+        """Of what an evaluation reads at least, or its blocks."""
+        each = [x for block in self.blocks for x in block.products.values()]
+        wide = [self.patch_embedding, self.condition_embedder, self.proj_out]
+        found = sum(x.weight.numel() * (1 if fp8 else x.weight.element_size()) for x in each)
+        return found if blocks else found + sum(x.numel() * x.element_size() for module in wide for x in module.parameters())
+
     def in_diffusers(self) -> nn.Module:
-        """diffusers' own transformer with these parameters."""
+        """diffusers' own transformer with these parameters, its projections fused as well."""
         from importlib import import_module
 
         config, parameter = self.config, next(self.parameters())
@@ -235,7 +246,8 @@ class WanModel(nn.Module):
         with parameter.device:  # on the host, numbers for its parameters would take longer than all that is measured
             model = kind(*sizes, eps=EPS)
         model = model.to(parameter.device, parameter.dtype).eval()
-        model.load_state_dict(self.state_dict(), strict=True)
+        model.load_state_dict({name: x for name, x in self.state_dict().items() if not {"qkv", "kv"} & set(name.split("."))}, strict=True)
+        model.fuse_qkv_projections()
         return model
 
 
