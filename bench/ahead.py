@@ -18,6 +18,8 @@ MOST = 12
 """Processes: each holds inputs on the GPU."""
 SHARE = 0.25
 """Of a run's budget; what is not compiled by then is compiled when its turn comes."""
+MOST_SECONDS = 600.0
+"""Of a run without a budget."""
 
 
 def processes() -> int:
@@ -26,9 +28,7 @@ def processes() -> int:
     return min(MOST, cores - 1) if cores >= CORES else 0
 
 
-def compile_ahead(
-    plan, cases_of: Callable[..., Sequence[Case]], count: int, seconds: float | None, tell: Callable[[int, int], None]
-) -> None:
+def compile_ahead(plan, cases_of: Callable[..., Sequence[Case]], count: int, seconds: float, tell: Callable[[int, int], None]) -> None:
     """Make one call of each implementation that compiles, in `count` processes, for so many seconds at most. cases_of: from the plan to its
     cases. tell: told how many cases are done, and of how many.
     """
@@ -37,9 +37,9 @@ def compile_ahead(
     workers = [context.Process(target=_compile, args=(plan, cases_of, taken, done)) for _ in range(min(count, total))]
     for worker in workers:
         worker.start()
-    end = None if seconds is None else time.monotonic() + seconds
+    end = time.monotonic() + seconds
     try:
-        while any(worker.is_alive() for worker in workers) and (end is None or time.monotonic() < end):
+        while any(worker.is_alive() for worker in workers) and time.monotonic() < end:
             tell(done.value, total)
             time.sleep(0.2)
     finally:
@@ -53,7 +53,7 @@ def _compile(plan, cases_of, taken, done) -> None:
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else each process would start as many as there are cores
     import torch
 
-    from . import suite
+    from . import adapters, suite
 
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
@@ -64,28 +64,30 @@ def _compile(plan, cases_of, taken, done) -> None:
             number, taken.value = taken.value, taken.value + 1
         if number >= len(cases):
             return
-        with contextlib.suppress(Exception):
-            _call(cases[number], device, level)
-        with contextlib.suppress(Exception):
-            if "torch._dynamo" in sys.modules:
-                torch._dynamo.reset()
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
+        if cases[number].op != adapters.OP:  # of whole models, of which a GPU may not hold as many as there are processes
+            with contextlib.suppress(Exception):
+                _call(cases[number], device, level, plan.limit)
+        gc.collect()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
+        if device.type == "cuda":  # where it cannot be used any more, an error ends this process: the others take what is left
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
         with done.get_lock():
             done.value += 1
 
 
-def _call(case: Case, device, level: int) -> None:
+def _call(case: Case, device, level: int, limit: float) -> None:
+    """limit: seconds that making the case, and each call, may take."""
     import torch
 
-    from .harness import missing
+    from .harness import missing, time_limit
 
-    problem = case.make(device)
+    with time_limit(limit):
+        problem = case.make(device)
     for implementation in problem.implementations:
         compiles = implementation.ours or (implementation.slow and case.takes_slow(level))
         if not compiles or missing(implementation.needs):
             continue
-        with contextlib.suppress(Exception), torch.enable_grad() if problem.gradients else torch.inference_mode():
+        with contextlib.suppress(Exception), time_limit(limit), torch.enable_grad() if problem.gradients else torch.inference_mode():
             implementation.build(problem.make(0))()

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .record import FOLDER, Measurement, Run, committed, read
+from .record import FOLDER, Measurement, Run, beyond_noise, committed, read
 from .roofline import copy_ms, floor_ms
 
 
 @dataclass(frozen=True)
 class Row:
     """A case: ours and the best peer, both right and timed, None where there is none; `ratio` is how many times as fast ours is. floor,
-    copy: the least time, and that of a copy of as many bytes where these are what takes time.
+    copy: the least time, and that of a copy of as many bytes where these are what takes time. compiled: whether a compiled peer was tried.
     """
 
     op: str
@@ -25,6 +25,7 @@ class Row:
     floor: float | None
     copy: float | None
     in_graph: bool
+    compiled: bool = False
 
     def time(self, measurement: Measurement) -> float:
         return measurement.graph_ms if self.in_graph else measurement.ms
@@ -48,8 +49,8 @@ def load(paths: Sequence[Path] | None = None) -> list[tuple[Path, Run]]:
 
 
 def latest(runs: Sequence[tuple[Path, Run]]) -> list[tuple[Path, Run]]:
-    """Of each device the newest, but a quick one only if there is no other; and if it was not finished, the newest before it that was,
-    with the cases that the first lacks. GPUs come first.
+    """Of each device the newest, but a quick one only if there is no other; and if it was not finished, or of some cases alone, the newest
+    before it that was whole, with the cases that the first lacks. GPUs come first.
     """
     devices: dict[str, list[tuple[Path, Run]]] = {}
     for path, run in sorted(runs, key=lambda each: (each[1].level != "quick", each[1].date), reverse=True):
@@ -57,12 +58,16 @@ def latest(runs: Sequence[tuple[Path, Run]]) -> list[tuple[Path, Run]]:
     chosen = []
     for (path, newest), *older in devices.values():
         chosen.append((path, newest))
-        has = {(each.op, each.case) for each in newest.measurements}
+        has = {(each.op, each.case) for each in newest.measurements if each.implementation}
         for path, run in older:
-            if run.complete and not newest.complete:
+            if _is_whole(run) and not _is_whole(newest):
                 chosen.append((path, replace(run, measurements=[each for each in run.measurements if (each.op, each.case) not in has])))
                 break
     return sorted(chosen, key=lambda each: (each[1].kind != "cuda", each[1].device))
+
+
+def _is_whole(run: Run) -> bool:
+    return run.complete and not run.only
 
 
 def rows(run: Run) -> list[Row]:
@@ -82,7 +87,9 @@ def rows(run: Run) -> list[Row]:
             min((m for m in some if m.graph_ms or not in_graph), key=lambda m: m.graph_ms if in_graph else m.ms, default=None)
             for some in (mine, theirs)
         )
-        found.append(Row(op, case, ours, peer, floor_ms(each[0], run.ceilings), copy_ms(each[0], run.ceilings), in_graph))
+        floors = floor_ms(each[0], run.ceilings), copy_ms(each[0], run.ceilings)
+        compiled = any("compile" in m.implementation or "Flex" in m.implementation for m in each if not m.ours and m.status != "missing")
+        found.append(Row(op, case, ours, peer, *floors, in_graph, compiled))
     return found
 
 
@@ -95,20 +102,34 @@ def in_order(run: Run):
 
 
 def outcome(run: Run) -> str:
-    """How many cases are faster than the best peer, and how many are not: of all, so that none is picked."""
-    found = [verdict(row) for row in rows(run) if row.ratio]
+    """How many cases are faster than the best peer, and how many are not: of all, so that none is picked; on a GPU also of those where a
+    compiled peer was tried, which mostly is the best. And which peers were not there.
+    """
+    found = [row for row in rows(run) if row.ratio]
     if not found:
         return ""
-    ratio = statistics.median(row.ratio for row in rows(run) if row.ratio)
-    counts = {each: found.count(each) for each in ("faster", "slower", "the same within the noise")}
-    told = ", ".join(f"{number} {each}" for each, number in counts.items())
-    return f"Against the best peer, of {len(found)} cases: {told}; the median is {ratio:.2f} times as fast."
+    told = f"Against the best peer, of {len(found)} cases: {_counted(found)}."
+    compiled = [row for row in found if row.compiled]
+    if run.kind == "cuda" and 0 < len(compiled) < len(found):
+        told += f" A compiled peer was tried in {len(compiled)} of them: {_counted(compiled)}."
+    elif run.kind == "cuda" and not compiled:
+        told += " No compiled peer was tried."
+    there = {each.implementation for each in run.measurements if each.status != "missing"}
+    missing = dict.fromkeys(
+        each.implementation for each in run.measurements if each.status == "missing" and each.implementation not in there
+    )
+    return told + (f" Not installed there: {', '.join(missing)}." if missing else "")
+
+
+def _counted(some: Sequence[Row]) -> str:
+    verdicts = [verdict(row) for row in some]
+    counts = ", ".join(f"{verdicts.count(each)} {each}" for each in ("faster", "slower", "the same within the noise"))
+    return f"{counts}; the median is {statistics.median(row.ratio for row in some):.2f} times as fast"
 
 
 def verdict(row: Row) -> str:
-    if not row.in_graph and row.ours.low <= row.peer.high and row.peer.low <= row.ours.high:
-        return "the same within the noise"
-    return "faster" if row.ratio > 1 else "slower"
+    ours, peer = (each.times(row.in_graph) for each in (row.ours, row.peer))
+    return "faster" if beyond_noise(ours, peer) else "slower" if beyond_noise(peer, ours) else "the same within the noise"
 
 
 def exponents(run: Run) -> list[tuple[str, str, float, list[tuple[int, float]]]]:

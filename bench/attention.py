@@ -125,7 +125,9 @@ class Shape:
             gradients=self.backward,
         )
 
-    def case(self, op: str, name: str, level: int = DEFAULT, series: str | None = None, devices=("cuda",)) -> Case:
+    def case(
+        self, op: str, name: str, level: int = DEFAULT, series: str | None = None, devices=("cuda",), representative: bool = False
+    ) -> Case:
         dtype = "float32" if devices == ("cpu",) else "float8_e4m3fn" if self.fp8 else "bfloat16"
         way = "backward" if self.backward else "forward"
         clips = "x".join(map(str, self.grids[0])) if len(set(self.grids)) == 1 else f"{len(self.grids)} sizes"
@@ -145,7 +147,7 @@ class Shape:
             shape["words"] = sum(self.joint)
         if self.kv_heads is not None:
             shape["kv_heads"] = self.kv_heads
-        return Case(op, f"{name}, {way}{', FP8' if self.fp8 else ''}", shape, self.problem, level, series, devices)
+        return Case(op, f"{name}, {way}{', FP8' if self.fp8 else ''}", shape, self.problem, level, series, devices, representative)
 
 
 def _call(function, inputs: Inputs):
@@ -164,10 +166,10 @@ SMALL = [(16, 8, 8)] * 8
 
 
 def both(level: int, op: str, name: str, grids: Grids, heads: int, head_dim: int, mask: Mask, backward: int = FULL, **more) -> list[Case]:
-    """Forwards at one level, backwards at another."""
+    """Forwards at one level, backwards at another; what is beside a quick case is representative too."""
     return [
         Shape(grids, heads, head_dim, mask, **more).case(op, name, level),
-        Shape(grids, heads, head_dim, mask, backward=True, **more).case(op, name, backward),
+        Shape(grids, heads, head_dim, mask, backward=True, **more).case(op, name, backward, representative=level == QUICK),
     ]
 
 
@@ -175,18 +177,19 @@ def cases() -> list[Case]:
     causal, windowed = FrameCausal(chunk=3), FrameCausal(chunk=3, window=7)
     found = [
         *both(QUICK, "attention spatial", "Wan 2.1 1.3B 480p", [WAN], 12, 128, Spatial(), DEFAULT),
-        *both(DEFAULT, "attention spatial", "Latte 512p", [LATTE], 16, 72, Spatial(), DEFAULT),
+        *both(DEFAULT, "attention spatial", "Latte 512p", [LATTE], 16, 72, Spatial()),
         *both(FULL, "attention spatial", "Open-Sora 1.2 480p", [SORA], 16, 72, Spatial()),
         *both(DEFAULT, "attention spatial", "Allegro 720p", [(22, 45, 80)], 24, 96, Spatial()),
         *both(DEFAULT, "attention spatial", "mixed pack", MIXED, 16, 64, Spatial()),
         *both(QUICK, "attention frame-causal", "CausVid (Wan 1.3B) 480p", [WAN], 12, 128, causal, DEFAULT),
         *both(DEFAULT, "attention frame-causal", "Self-Forcing, window", [WAN], 12, 128, windowed),
-        *both(DEFAULT, "attention frame-causal", "SkyReels-V2 DF 544p", [SKYREELS], 16, 128, FrameCausal(chunk=5)),
+        *both(FULL, "attention frame-causal", "SkyReels-V2 DF 544p", [SKYREELS], 16, 128, FrameCausal(chunk=5)),
         *both(FULL, "attention frame-causal", "window and sink", [WAN], 12, 128, FrameCausal(chunk=3, window=4, sink=3)),
         *both(DEFAULT, "attention frame-causal", "mixed pack", MIXED, 12, 128, FrameCausal(chunk=4)),
         *both(FULL, "attention frame-causal", "eight small clips, by frame", SMALL, 16, 64, FrameCausal()),
+        Shape([WAN], 12, 128, Full(), fp8=True).case("attention full", "Wan 2.1 1.3B 480p", DEFAULT, representative=True),
         *both(QUICK, "attention full", "Wan 2.1 1.3B 480p", [WAN], 12, 128, Full(), DEFAULT),
-        *both(DEFAULT, "attention full", "LTX-Video 512p", [LTX], 32, 64, Full(), DEFAULT),
+        *both(DEFAULT, "attention full", "LTX-Video 512p", [LTX], 32, 64, Full()),
         *both(FULL, "attention full", "Allegro, 9 frames 720p", [(9, 45, 80)], 24, 96, Full()),
         *both(FULL, "attention full", "Cosmos 704p", [COSMOS], 16, 128, Full()),
         *both(FULL, "attention full", "Wan 2.1 1.3B 720p", [(21, 45, 80)], 12, 128, Full()),
@@ -195,8 +198,7 @@ def cases() -> list[Case]:
         *both(QUICK, "attention cross", "Wan 2.1 1.3B 480p", [WAN], 12, 128, Full(), text=[512]),
         *both(DEFAULT, "attention cross", "Latte 512p", [LATTE], 16, 72, Full(), text=[120]),
         *both(DEFAULT, "attention cross", "mixed pack", MIXED, 12, 128, Full(), text=[512, 77, 120, 300, 226, 12, 64, 512]),
-        Shape([WAN], 12, 128, Full(), fp8=True).case("attention full", "Wan 2.1 1.3B 480p", DEFAULT),
-        Shape([WAN], 12, 128, causal, fp8=True).case("attention frame-causal", "CausVid (Wan 1.3B) 480p", DEFAULT),
+        Shape([WAN], 12, 128, causal, fp8=True).case("attention frame-causal", "CausVid (Wan 1.3B) 480p", FULL),
         Shape([LTX], 32, 64, Full(), fp8=True).case("attention full", "LTX-Video 512p", FULL),
         Shape([WAN], 12, 128, Spatial(), fp8=True).case("attention spatial", "Wan 2.1 1.3B 480p", FULL),
         Shape([WAN], 12, 128, Full(), text=[512], fp8=True).case("attention cross", "Wan 2.1 1.3B 480p", FULL),

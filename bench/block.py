@@ -212,7 +212,7 @@ def case(op: str, name: str, config: WanConfig, grids: Sequence[Grid], level: in
     }
     devices = ("cpu",) if on_cpu else ("cuda",)
     make = partial(problem, config, grids, words, **how)
-    return Case(op, name, shape, make, level, series, devices, representative=bool(how.get("fp8")))
+    return Case(op, name, shape, make, level, series, devices, representative=len(grids) == 1)
 
 
 def layers(config: WanConfig, count: int) -> WanConfig:

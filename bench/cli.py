@@ -27,7 +27,7 @@ def bench(
     out: Out = Path("bench-results"),
     show: Annotated[bool, typer.Option("--list", help="Show the cases, and measure nothing.")] = False,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU if there is one.")] = None,
-    budget: Annotated[float | None, typer.Option(help="Seconds after which no further case begins.")] = None,
+    budget: Annotated[float | None, typer.Option(help="Seconds after which the run ends, in the middle of a case if need be.")] = None,
 ) -> None:
     """Measure. Without a GPU, the paths of the CPU are measured, and called that."""
     if context.invoked_subcommand is not None:
@@ -42,12 +42,13 @@ def bench(
     device = device or ("cuda" if has_gpu else "cpu")
     if device not in ("cuda", "cpu") or (device == "cuda" and not has_gpu):
         raise ValueError(f"--device: expected cuda, where torch finds a GPU, or cpu, got {device!r}")
+    if budget is not None and not budget > 0:
+        raise ValueError(f"--budget: expected seconds above 0, got {budget:g}")
     plan = Plan(device, "quick" if quick else "full" if full else "default", only or (), budget=budget)
     if show:
         _list(cases_of(plan))
         return
-    if not out.parent.is_dir():
-        raise ValueError(f"--out: there is no folder {out.parent}")
+    _check_folder(out)
     cases_of(plan)  # a wrong word is told of before anything is written
     out.mkdir(exist_ok=True)
     if device == "cpu":
@@ -109,8 +110,7 @@ def report(
         if readme is not None:
             return
         raise ValueError("report: there are no results; `tubelet bench` makes some")
-    if not out.parent.is_dir():
-        raise ValueError(f"--out: there is no folder {out.parent}")
+    _check_folder(out)
     for path in write_report(latest(runs), out):
         console.print(str(path), highlight=False, soft_wrap=True)
 
@@ -139,6 +139,14 @@ def compare(
     console.print(table if table.row_count else "no difference beyond the noise")
     if worse:
         raise typer.Exit(1)
+
+
+def _check_folder(out: Path) -> None:
+    """One that is there, or can be made."""
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: there is no folder {out.parent}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {out}")
 
 
 def _list(cases) -> None:

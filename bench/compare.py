@@ -1,12 +1,8 @@
-"""What differs between two runs beyond the noise.
-
-A difference counts if the quartiles of the two do not overlap and the medians differ by more than a margin: quartiles are the noise from
-call to call, the margin that from run to run, of clocks and of where memory lies.
-"""
+"""What differs between two runs beyond the noise (`record.beyond_noise`)."""
 
 from dataclasses import dataclass
 
-from .record import Measurement, Run
+from .record import Measurement, Run, beyond_noise
 
 
 @dataclass(frozen=True)
@@ -29,30 +25,33 @@ class Difference:
 
 def compare(before: Run, after: Run, margin: float = 0.05, peers: bool = False) -> list[Difference]:
     """One for each implementation of a case that is in either: ours, or with `peers` all. A regression is one of ours that was right and
-    timed and now is slower, or has no time; not one that was not run at all.
+    timed and now is slower, or has no time, be it that its whole case could not be made; not one that was not run, or is no longer there.
     """
     a, b, found = before.named(), after.named(), []
-    left_out = {each.key[:2] for each in after.measurements if each.status == "not run"}
+    blanks = {each.key[:2]: each.status for each in after.measurements if not each.implementation}  # of cases as a whole
     for key in dict.fromkeys((*a, *b)):
         old, new = a.get(key), b.get(key)
         ours = (old or new).ours
         if not key[2] or not (ours or peers):
             continue
         name = f"{key[0]}, {key[1]}", key[2]
-        if old is None or new is None:
-            found.append(
-                Difference(*name, _time(old), _time(new), "new" if old is None else "not run" if key[:2] in left_out else "missing")
-            )
+        if old is None:
+            found.append(Difference(*name, None, _time(new), "new"))
+        elif new is None:
+            status = blanks.get(key[:2], "missing")
+            lost = ours and old.status == "ok" and status not in ("missing", "not run")
+            found.append(Difference(*name, _time(old), None, f"{old.status} -> {status}" if lost else status, lost))
         elif old.status != new.status:
             lost = ours and old.status == "ok"
             found.append(
                 Difference(*name, _time(old), _time(new), f"{old.status} -> {new.status}", lost or (ours and new.status == "wrong"))
             )
         elif old.status == "ok":
-            slower = new.low > old.high and new.ms > old.ms * (1 + margin)
-            faster = new.high < old.low and old.ms > new.ms * (1 + margin)
+            in_graph = bool(old.graph_ms and new.graph_ms)  # which then is what reports tell
+            was, now = old.times(in_graph), new.times(in_graph)
+            slower, faster = (beyond_noise(*pair, margin) for pair in ((was, now), (now, was)))
             verdict = "slower" if slower else "faster" if faster else "same"
-            found.append(Difference(*name, old.ms, new.ms, verdict, ours and slower))
+            found.append(Difference(*name, was.median, now.median, verdict, ours and slower))
     return found
 
 

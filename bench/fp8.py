@@ -94,7 +94,7 @@ def cases() -> list[Case]:
             case(
                 LINEAR, name, {"tokens": tokens, "channels": width, "width": out, "dtype": "float8_e4m3fn"}, make=make, ours=ours_linear,
                 plain=linear, reference=exact_rows, part=some_rows, moved=lambda inputs, outputs, size=size: size, tolerance=FP8_TOLERANCE,
-                flops=2 * tokens * width * out, level=level, others=others, in_torch=False,
+                flops=2 * tokens * width * out, level=level, others=others, in_torch=False, representative=True,
             )
         )  # fmt: skip
     return found

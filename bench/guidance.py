@@ -41,5 +41,7 @@ def cases() -> list[Case]:
 
         shape = {"tokens": total, "channels": channels, "clips": clips}
         flops = 11 * total * channels
-        found.append(case(OP, name, shape, make=make, ours=ours, plain=plain, flops=flops, level=level, devices=devices))
+        found.append(
+            case(OP, name, shape, make=make, ours=ours, plain=plain, flops=flops, level=level, devices=devices, representative=True)
+        )
     return found

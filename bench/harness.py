@@ -356,7 +356,7 @@ class Bench:
         case itself, or of its reference, is yielded as that of an implementation without a name. on_start: told of each before it runs,
         by a Measurement that says no more than what it will be of.
         """
-        result = self._blank(case, None)
+        result, start = self._blank(case, None), time.perf_counter()
         try:
             with time_limit(self.settings.limit):
                 problem = case.make(self.settings.device)
@@ -368,8 +368,10 @@ class Bench:
             self._tidy()
             yield result
             return
+        setup = round(time.perf_counter() - start, 3)
         for implementation in todo:
             start, result = time.perf_counter(), self._blank(case, implementation, problem)
+            result.setup_seconds, setup = setup, None
             on_start(result)
             why = missing(implementation.needs)
             if why is not None:
@@ -389,7 +391,7 @@ class Bench:
         self._tidy()
 
     def _fail(self, result: Measurement, status: str, error: BaseException) -> None:
-        result.ms = result.low = result.high = result.graph_ms = result.host_ms = None
+        result.ms = result.low = result.high = result.graph_ms = result.graph_low = result.graph_high = result.host_ms = None
         result.status, result.reason = status, f"{type(error).__name__}: {first_line(error)}"
         result.where = "".join(traceback.format_tb(error.__traceback__)[-3:])[-1200:]
 
@@ -424,7 +426,8 @@ class Bench:
             result.samples, result.status = len(times.samples), "ok"
             if self.stopwatch.cuda and problem.capturable and not problem.gradients and times.median < LAUNCH_BOUND:
                 try:
-                    result.graph_ms = digits(self.stopwatch.time_in_graph(calls).median)
+                    times = self.stopwatch.time_in_graph(calls)
+                    result.graph_ms, (result.graph_low, result.graph_high) = digits(times.median), map(digits, times.quartiles)
                 except TimeLimit:
                     raise
                 except Exception as error:  # the time of the call stands

@@ -16,11 +16,13 @@ import subprocess
 import tempfile
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SCHEMA = 1
+KINDS, LEVELS = ("cuda", "cpu"), ("quick", "default", "full")
 FOLDER = Path(__file__).parent / "results"
 """Of the committed results."""
 VARIABLE = "TUBELET_COMMIT"
@@ -33,8 +35,9 @@ VERSIONS = ("tubelet", "torch", "triton", *PEERS, "numpy")
 @dataclass
 class Measurement:
     """One implementation of one case. Times in milliseconds: `ms` is the median of single calls, `low` and `high` its quartiles, `graph_ms`
-    the median in a CUDA graph, where the call is so short that the host would be timed, `host_ms` the median until a call on a GPU returns
-    to the host, which then can launch the next. peak_bytes: allocated at the peak of a call beyond
+    the median in a CUDA graph, where the call is so short that the host would be timed, `graph_low` and `graph_high` its quartiles,
+    `host_ms` the median until a call on a GPU returns to the host, which then can launch the next. seconds: that it took in all; with the
+    first of a case, setup_seconds, those that the case and its reference took. peak_bytes: allocated at the peak of a call beyond
     what was there; workspace_bytes: the part of it that is not output. error, allowed: of the norm, of the largest element. An empty
     `implementation` stands for the case: it could not be made, or, "not run", the time of the run was over before.
     """
@@ -52,6 +55,8 @@ class Measurement:
     high: float | None = None
     samples: int | None = None
     graph_ms: float | None = None
+    graph_low: float | None = None
+    graph_high: float | None = None
     host_ms: float | None = None
     flops: float | None = None
     bytes: float | None = None
@@ -63,10 +68,35 @@ class Measurement:
     reason: str | None = None
     where: str | None = None
     seconds: float | None = None
+    setup_seconds: float | None = None
 
     @property
     def key(self) -> tuple[str, str, str]:
         return self.op, self.case, self.implementation
+
+    def times(self, in_graph: bool) -> "Times":
+        """Of calls in a CUDA graph or of single ones; where quartiles in a graph were not kept, they are the median."""
+        if in_graph:
+            return Times(self.graph_low or self.graph_ms, self.graph_ms, self.graph_high or self.graph_ms)
+        return Times(self.low, self.ms, self.high)
+
+
+class Times(NamedTuple):
+    """Milliseconds: the quartiles and the median."""
+
+    low: float
+    median: float
+    high: float
+
+
+MARGIN = 0.05
+
+
+def beyond_noise(a: Times, b: Times, margin: float = MARGIN) -> bool:
+    """Whether b is slower than a: if their quartiles do not overlap and the medians differ by more than a margin. Quartiles are the noise
+    from call to call, the margin that from run to run, and from one implementation to the next: of clocks, and of where memory lies.
+    """
+    return b.low > a.high and b.median > a.median * (1 + margin)
 
 
 @dataclass
@@ -82,14 +112,17 @@ class Ceilings:
 
 @dataclass
 class Run:
-    """A file. clocks: of the GPU while the run went on, MHz, W and degrees Celsius, lowest, median and highest. complete: False for a run
-    that was interrupted, or whose time was over before its last case.
+    """A file. only: the words that its cases were chosen by. budget: the seconds that it might take. clocks: of the GPU while the run
+    went on, MHz, W and degrees Celsius, lowest, median and highest. complete: False for a run that was interrupted, or whose time was over
+    before its last case.
     """
 
     device: str
     kind: str
     date: str
     level: str
+    only: list[str] = field(default_factory=list)
+    budget: float | None = None
     commit: str | None = None
     dirty: bool | None = None
     driver: str | None = None
@@ -105,7 +138,7 @@ class Run:
         return {each.key: each for each in self.measurements}
 
 
-def begin(device: str, kind: str, level: str) -> Run:
+def begin(device: str, kind: str, level: str, only: Sequence[str] = (), budget: float | None = None) -> Run:
     """A run that starts now, on this machine."""
     versions = {}
     for name in VERSIONS:
@@ -119,10 +152,12 @@ def begin(device: str, kind: str, level: str) -> Run:
         kind=kind,
         date=datetime.datetime.now(datetime.UTC).replace(microsecond=0).isoformat(),
         level=level,
+        only=list(only),
+        budget=budget,
         commit=commit,
         dirty=dirty,
         driver=_driver() if kind == "cuda" else None,
-        versions=versions | {"python": platform.python_version()},
+        versions=versions | _of_libraries() | {"python": platform.python_version()},
         host={"system": platform.system(), "machine": platform.machine(), "processors": os.cpu_count(), "load": _load()},
     )
 
@@ -164,8 +199,9 @@ def read(path: Path) -> Run:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     try:
         run = _checked(Run, content, "the file")
-        if run.schema != SCHEMA:
-            raise ValueError(f"schema: expected {SCHEMA}, got {run.schema}")
+        for name, wanted in (("schema", (SCHEMA,)), ("kind", KINDS), ("level", LEVELS)):
+            if getattr(run, name) not in wanted:
+                raise ValueError(f"{name}: expected {' or '.join(map(str, wanted))}, got {getattr(run, name)!r}")
         for i, each in enumerate(run.measurements):
             where = f"measurements[{i}]"
             if each.status not in STATUSES:
@@ -218,6 +254,16 @@ def _checked(kind: type, value: Any, where: str) -> Any:
     if type(value) is not kind:
         raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}")
     return value
+
+
+def _of_libraries() -> dict[str, str]:
+    """The versions of what torch brings along."""
+    import torch
+
+    found = {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    if torch.cuda.is_available():
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    return {name: version for name, version in found.items() if version}
 
 
 def _load() -> float | None:

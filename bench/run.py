@@ -111,7 +111,7 @@ def run(plan: Plan, out: Path, tell: Callable[[Progress], None] = lambda progres
     run.
     """
     cases = cases_of(plan)
-    result = record.begin(device_name(plan.device), plan.device, plan.level)
+    result = record.begin(device_name(plan.device), plan.device, plan.level, plan.only, plan.budget)
     result.host["threads"] = threads()
     path = record.path_of(result, out)
     record.write(result, path)
@@ -133,7 +133,7 @@ def run(plan: Plan, out: Path, tell: Callable[[Progress], None] = lambda progres
 
     try:
         if plan.compilers:
-            ahead.compile_ahead(plan, cases_of, plan.compilers, plan.budget and ahead.SHARE * plan.budget, compiling)
+            ahead.compile_ahead(plan, cases_of, plan.compilers, ahead.SHARE * plan.budget if plan.budget else ahead.MOST_SECONDS, compiling)
             tell(progress)
         while True:
             worker = _Worker(plan, counts.finished, done, result.ceilings if result.ceilings.copy else None, log)

@@ -6,8 +6,8 @@ from itertools import chain
 
 from . import adapters, attention, block, fp8, graphs, group_norm, guidance, norms, packing, patch_embed, rotary, sampling, temporal
 from .harness import Case
+from .record import LEVELS
 
-LEVELS = ("quick", "default", "full")
 MODULES = (temporal, attention, norms, rotary, patch_embed, fp8, guidance, group_norm, block, adapters, graphs, packing, sampling)
 
 
@@ -28,9 +28,13 @@ def select(device: str, level: str, only: Sequence[str] = ()) -> list[Case]:
     lower level come first; within a level each op has its turn, and a series is one turn, so that no op is without any when time is short.
     Raises ValueError if a word of `only` fits none.
     """
-    cases = [case for case in every() if device in case.devices and case.level <= LEVELS.index(level)]
+    possible = [case for case in every() if device in case.devices]
+    cases = [case for case in possible if case.level <= LEVELS.index(level)]
     for word in only:
         if not any(word.lower() in case.id.lower() for case in cases):
+            higher = min((case.level for case in possible if word.lower() in case.id.lower()), default=None)
+            if higher is not None:
+                raise ValueError(f"--only: a {level} run has no case with {word!r} in its name, a {LEVELS[higher]} one has")
             ops = ", ".join(dict.fromkeys(case.op for case in cases))
             raise ValueError(f"--only: no case has {word!r} in its name; the ops are {ops}")
     chosen = [case for case in cases if not only or any(word.lower() in case.id.lower() for word in only)]

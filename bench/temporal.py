@@ -53,20 +53,20 @@ def cases() -> list[Case]:
     causal, free = CAUSAL, Temporal(causal=False)
     found = [
         *both(QUICK, OP, "16 frames, 4096 sites", [(16, 64, 64)], 16, 64, free, DEFAULT),
+        *rotated("Open-Sora 1.2 480p, 15 frames", (15, 30, 53), 16, 72, DEFAULT),
         *both(DEFAULT, OP, "Wan 2.1 1.3B 480p, 21 frames", [(21, 30, 52)], 12, 128, free),
-        *both(DEFAULT, OP, "Latte 512p, 16 frames", [(16, 32, 32)], 16, 72, free, DEFAULT),
+        *both(DEFAULT, OP, "Latte 512p, 16 frames", [(16, 32, 32)], 16, 72, free),
         *both(FULL, OP, "Open-Sora 1.2 480p, 15 frames", [(15, 30, 53)], 16, 72, free),
-        *both(DEFAULT, OP, "32 frames, 3600 sites", [(32, 45, 80)], 24, 128, free),
-        *both(DEFAULT, OP, "8 frames, 4096 sites, causal", [(8, 64, 64)], 16, 64, causal),
+        *both(FULL, OP, "32 frames, 3600 sites", [(32, 45, 80)], 24, 128, free),
+        *both(FULL, OP, "8 frames, 4096 sites, causal", [(8, 64, 64)], 16, 64, causal),
         *both(DEFAULT, OP, "16 frames, 4096 sites, causal", [(16, 64, 64)], 16, 64, causal, DEFAULT),
         *both(FULL, OP, "32 frames, 2048 sites, causal", [(32, 32, 64)], 16, 64, causal),
-        *both(DEFAULT, OP, "64 frames, 1560 sites, causal", [(64, 30, 52)], 12, 128, causal),
+        *both(FULL, OP, "64 frames, 1560 sites, causal", [(64, 30, 52)], 12, 128, causal),
         *both(FULL, OP, "64 frames, 1024 sites, window", [(64, 32, 32)], 16, 96, Temporal(causal=True, window=16)),
         *both(DEFAULT, OP, "AnimateDiff, 16 frames, 2 x 4096 sites", [(16, 64, 64)] * 2, 8, 40, free),
         *both(DEFAULT, OP, "mixed pack", [(21, 30, 52), (1, 64, 64), (16, 32, 32), (64, 20, 36), (8, 45, 80)], 12, 128, causal),
         *both(FULL, OP, "16 frames, 70,000 sites", [(16, 250, 280)], 4, 64, free),
         Shape([(16, 64, 64)], 16, 64, free, fp8=True).case(OP, "16 frames, 4096 sites", FULL),
-        *rotated("Open-Sora 1.2 480p, 15 frames", (15, 30, 53), 16, 72, DEFAULT),
         *rotated("16 frames, 64 sites", (16, 8, 8), 4, 64, DEFAULT, ("cpu",)),
     ]
     for frames in (8, 16, 32, 64):

@@ -11,12 +11,13 @@ from tubelet.bench.harness import Bench, Settings
 
 pytest.importorskip("pytest_benchmark")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = suite.select(DEVICE, os.environ.get("TUBELET_BENCH", "quick"))
+LEVEL = os.environ.get("TUBELET_BENCH", "quick")
+CASES = suite.select(DEVICE, LEVEL)
 
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    return Bench(Settings(torch.device(DEVICE), seconds=0.1))
+    return Bench(Settings(torch.device(DEVICE), seconds=0.1, level=suite.LEVELS.index(LEVEL)))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tubelet.bench import ahead, attention, peers, record, run, sampling, suite
+from tubelet.bench import ahead, attention, block, peers, record, run, sampling, suite, wan
 from tubelet.bench.harness import (
     DEFAULT,
     QUICK,
@@ -391,15 +391,17 @@ def test_what_compiles_is_called_ahead(plan, tmp_path, monkeypatch):
     """In processes of their own, whose errors and crashes end nothing."""
     monkeypatch.setenv("MARKS", str(tmp_path))
     plan.level, plan.only, told = "default", ["plugh"], []
-    ahead.compile_ahead(plan, run.cases_of, 2, None, lambda *done: told.append(done))
+    ahead.compile_ahead(plan, run.cases_of, 2, 300.0, lambda *done: told.append(done))
     assert {path.name for path in tmp_path.iterdir()} == {"crashed", "failed", "compiled"}
     assert told[0] == (0, 2) and told[-1][0] <= 1
 
 
-def test_compiling_ahead_ends_in_time(plan):
-    plan.only, start = ["plover"], time.monotonic()
-    ahead.compile_ahead(plan, run.cases_of, 1, 5.0, lambda *done: None)
-    assert 5 <= time.monotonic() - start < 60
+@pytest.mark.parametrize(("limit", "seconds"), [(1.0, 300.0), (300.0, 5.0)])
+def test_compiling_ahead_ends_in_time(plan, limit, seconds):
+    """A call that does not return ends after the limit of a call, and in any case at the end of the time for all."""
+    plan.only, plan.limit, start = ["plover"], limit, time.monotonic()
+    ahead.compile_ahead(plan, run.cases_of, 1, seconds, lambda *done: None)
+    assert min(limit, seconds) <= time.monotonic() - start < 60
 
 
 def test_no_process_compiles_ahead_on_a_cpu(plan):
@@ -475,6 +477,29 @@ def test_a_short_call_is_timed_in_a_graph():
     problem.make = lambda seed: torch.randn(64, 8, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
     (found,) = Bench(Settings(torch.device("cuda"))).measure(Case("op", "case", {}, lambda device: problem))
     assert found.status == "ok" and found.graph_ms < found.ms and 0 < found.host_ms < 1
+
+
+@pytest.mark.parametrize("wrong", ["zeros", "across clips"])
+def test_a_wrong_attention_shows_in_a_whole_step(monkeypatch, wrong):
+    """By more than what is allowed on a GPU, where the model has 30 layers in bfloat16."""
+    real = wan.attention
+
+    def broken(q, k, v, layout, mask, **options):
+        if options:  # to the text
+            return real(q, k, v, layout, mask, **options)
+        return torch.zeros_like(q) if wrong == "zeros" else real(q, k, v, VideoLayout.pack([(1, 1, layout.tokens)]), mask)
+
+    monkeypatch.setattr(wan, "attention", broken)
+    problem = block.problem(block.ON_CPU, [(2, 6, 8), (3, 4, 4)], 16, CPU, only=["tubelet"])
+    inputs = problem.make(0)
+    error = relative_error(problem.implementations[0].build(inputs)(), problem.reference(inputs))
+    assert error.norm > 2 * block.TOLERANCES[torch.bfloat16].norm
+
+
+def test_flops_of_decoding_are_those_of_the_decoder():
+    problem = sampling.decode(16, 64, 64, CPU)
+    space = problem.make(0)
+    assert problem.flops == sampling.flops_of(lambda: problem.reference(space))
 
 
 def test_a_block_in_fp8():

@@ -73,6 +73,8 @@ def test_no_run_is_written_over(tmp_path):
         (lambda run: run.pop("device"), "expected a field 'device', got none"),
         (lambda run: run.update(colour="red"), "unknown field 'colour'"),
         (lambda run: run.update(schema=7), "schema: expected 1, got 7"),
+        (lambda run: run.update(kind="tpu"), "kind: expected cuda or cpu, got 'tpu'"),
+        (lambda run: run.update(level="fast"), "level: expected quick or default or full, got 'fast'"),
         (lambda run: run.update(measurements={}), "measurements: expected a list"),
         (lambda run: run["measurements"][0].update(ms="fast"), r"measurements\[0\]: ms: expected float, got 'fast'"),
         (lambda run: run["measurements"][0].update(ms=None), r"measurements\[0\]: ms: expected a time above 0"),
@@ -182,12 +184,38 @@ def test_an_unfinished_run_has_one_that_was_finished_beside_it(tmp_path):
         (tmp_path / name, a_run(date=f"2026-11-{day}T10:00:00+00:00", complete=complete))
         for name, day, complete in (("a", 10, True), ("b", 11, False))
     )
-    unfinished[1].measurements = [each for each in unfinished[1].measurements if each.op == "temporal"]
+    for each in unfinished[1].measurements:
+        if each.op != "temporal":
+            each.implementation, each.status = "", "not run"
     first, second = analysis.latest([finished, unfinished])
     assert first == unfinished and second[0] == finished[0]
     assert {each.op for each in second[1].measurements} == {each.op for each in finished[1].measurements} - {"temporal"}
     section = report.speed_section([first, second])
     assert section.count("| temporal | Latte |") == 1 and section.index("`b`") < section.index("| temporal") < section.index("`a`")
+
+
+def test_a_run_of_some_cases_hides_no_others(tmp_path):
+    whole, some = (tmp_path / "a", a_run(date="2026-11-10T10:00:00+00:00")), (tmp_path / "b", a_run(only=["norms"]))
+    some[1].measurements = [each for each in some[1].measurements if each.op == "norms"]
+    first, second = analysis.latest([whole, some])
+    assert first == some and {each.op for each in second[1].measurements} >= {"temporal", "length", "packing"}
+    assert not any(each.op == "norms" and each.implementation for each in second[1].measurements)
+
+
+def test_what_was_tried_is_told():
+    """Beside the counts of all cases."""
+    told = analysis.outcome(a_run())
+    assert "No compiled peer was tried." in told and "Not installed there: xFormers." in told
+    slow = [timed("norms", "short", "torch.compile", 0.05, graph_ms=0.005), timed("temporal", "other", "FlexAttention", 3.0)]
+    told = analysis.outcome(a_run(measurements=[*a_run().measurements, *slow]))
+    assert "A compiled peer was tried in 1 of them: 0 faster, 1 slower, 0 the same within the noise; the median is 0.50 times" in told
+    assert "compiled" not in analysis.outcome(a_run(kind="cpu"))
+
+
+@pytest.mark.parametrize(("theirs", "verdict"), [(0.0103, "the same within the noise"), (0.0108, "faster"), (0.009, "slower")])
+def test_in_a_graph_too_a_few_percent_are_noise(theirs, verdict):
+    found = [timed("norms", "a", "tubelet", 0.05, graph_ms=0.01), timed("norms", "a", "eager torch", 0.05, graph_ms=theirs)]
+    assert analysis.verdict(analysis.rows(a_run(measurements=found))[0]) == verdict
 
 
 def test_the_readme_says_where_there_is_no_gpu(tmp_path):
@@ -226,6 +254,10 @@ def test_a_regression_is_found_and_noise_is_not():
     assert differences(before, Measurement("op", "a", "tubelet", "wrong", ours=True)) == [("ok -> wrong", True)]
     assert differences(before, Measurement("op", "a", "tubelet", "out of memory", ours=True)) == [("ok -> out of memory", True)]
     assert differences(before, timed("op", "b", "tubelet", 1.0)) == [("missing", False), ("new", False)]
+    broken = a_run(measurements=[Measurement("op", "a", "", "failed")])  # nothing of the case could be made
+    assert [(each.verdict, each.regression) for each in compare(a_run(measurements=[before]), broken)] == [("ok -> failed", True)]
+    graphs = [timed("op", "a", "tubelet", 0.1, graph_ms=ms) for ms in (0.01, 0.02)]
+    assert differences(*graphs) == [("slower", True)]
     short = a_run(measurements=[Measurement("op", "a", "", "not run")])
     assert [each.verdict for each in compare(a_run(measurements=[before]), short)] == ["not run"]
     slow_peer = timed("op", "a", "torch", 1.0), timed("op", "a", "torch", 2.0)
