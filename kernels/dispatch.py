@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     import triton
@@ -132,10 +133,23 @@ def as_operator(name: str) -> Callable[[Callable], Operator]:
 
 
 def watched(arguments) -> bool:
-    """Whether something of torch has to see a call with these: autograd, a compiler, a dispatch mode."""
+    """Whether something of torch has to see a call with these: autograd, a compiler, a dispatch mode. Raises NotImplementedError for
+    tangents, which would be lost without a word.
+    """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
+    if forward_ad._current_level >= 0 and any(isinstance(x, torch.Tensor) and _has_tangent(x) for x in _flat(arguments)):
+        raise NotImplementedError("forward-mode differentiation: the Triton kernels have none; implementation='torch' has")
     return _any_watched(arguments, torch.is_grad_enabled())
+
+
+def _has_tangent(x: torch.Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def _flat(arguments):
+    for x in arguments:
+        yield from _flat(x) if isinstance(x, list | tuple) else (x,)
 
 
 def _any_watched(arguments, differentiates: bool) -> bool:
@@ -163,11 +177,15 @@ def lanes() -> int:
     return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
 
 
-@cache
 def constants(record: tuple) -> tuple:
-    """A tuple of constants, named or not, of numbers and such tuples, as kernels take it; for equal ones it is one object."""
+    """A tuple of constants, named or not, of numbers and such tuples, as kernels take it; for equal ones of one type it is one object."""
+    return _constants(type(record), record)
+
+
+@cache
+def _constants(kind: type, record: tuple) -> tuple:
     parts = [constants(x) if isinstance(x, tuple) else triton.language.constexpr(x) for x in record]
-    result = type(record)(*parts) if hasattr(record, "_fields") else tuple(parts)
+    result = kind(*parts) if hasattr(record, "_fields") else tuple(parts)
     _records[id(result)] = result
     return result
 
@@ -224,8 +242,10 @@ def _kinds(arguments) -> tuple:
         elif kind in _PLAIN or isinstance(x, torch.Tensor):
             add(x.dtype)
             add(x.data_ptr() & 15 == 0)
-        elif x is None or kind is float or kind is bool:
+        elif x is None or kind is bool:
             add(kind)
+        elif isinstance(x, float):  # NumPy's too
+            add(float)
         elif id(x) in _records:
             add(id(x))
         elif isinstance(x, tuple):  # named ones too, of tensors and constants

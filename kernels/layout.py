@@ -88,7 +88,7 @@ class VideoLayout:
 
     def __init__(self, clips: Sequence[ClipSpan], capacity: Capacity | None, device: torch.device | str):
         self.capacity = capacity
-        self.device = torch.device(device)
+        self.device = _indexed(device)
         self._place(clips)
         self.tokens = capacity.tokens if capacity else self.used_tokens
         self.cache: dict = {}  # host-side plans that ops derive from this layout; they die with what it holds
@@ -175,7 +175,10 @@ class VideoLayout:
 
     def to(self, device: torch.device | str) -> "VideoLayout":
         """The same layout for another device (itself if it is there already)."""
-        return self if torch.device(device) == self.device else VideoLayout(self.clips, self.capacity, device)
+        return self if _indexed(device) == self.device else VideoLayout(self.clips, self.capacity, device)
+
+    def __reduce__(self):  # a copy is another layout, with a handle of its own, and so is one that comes from another process
+        return VideoLayout, (self.clips, self.capacity, self.device)
 
     def refill(self, other: "VideoLayout") -> None:
         """Hold the clips of `other` instead, a layout of the same capacity. Every tensor of this layout, and every table that an op has
@@ -314,10 +317,22 @@ class VideoLayout:
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of a host's table on the device, which the host does not wait for."""
+    """A copy of a host's table on the device, which the host does not wait for. Raises RuntimeError while a CUDA graph is captured: each
+    replay would write what the table holds now.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("layout: its tables are made by the first call with it, which cannot be captured: call once before the capture")
     if device.type != "cuda" or torch.compiler.is_compiling():  # which cannot trace what pins memory
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
+
+
+def _indexed(device: torch.device | str) -> torch.device:
+    """With the number of the GPU, as a tensor's device has it."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _build(build: Callable, layout: VideoLayout, partner: VideoLayout | None) -> Any:

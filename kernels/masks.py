@@ -14,6 +14,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+MOST = 1 << 14
+"""Frames of a chunk or a sink, chunks of a window: kernels count in 32 bits."""
+
 
 class Coordinates(NamedTuple):
     """Where tokens lie: integer tensors of one shape. `clip` is -1 past the end of a pack; t, h, w are 0 for text."""
@@ -122,8 +125,8 @@ class FrameCausal(Mask):
     def __post_init__(self):
         _check_count("chunk", self.chunk)
         _check_count("window", self.window, optional=True)
-        if not isinstance(self.sink, int) or self.sink < 0:
-            raise ValueError(f"sink: expected a number of frames >= 0, got {self.sink!r}")
+        if not isinstance(self.sink, int) or not 0 <= self.sink <= MOST:
+            raise ValueError(f"sink: expected a number of frames from 0 to {MOST}, got {self.sink!r}")
 
     def as_rule(self) -> Rule:
         return Rule(True, self.chunk, self.window or 0, self.sink, sees_known=True)
@@ -149,5 +152,5 @@ class RuleMask(Mask):
 def _check_count(name: str, value: int | None, optional: bool = False) -> None:
     if value is None and optional:
         return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected an integer >= 1{' or None' if optional else ''}, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
+        raise ValueError(f"{name}: expected an integer from 1 to {MOST}{' or None' if optional else ''}, got {value!r}")

@@ -2,11 +2,13 @@
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 from test_attention import FEW_MASKS, LAYOUTS, MASKS, definition, leaves, qkv_of, randn
 from tolerance import assert_close
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 from tubelet.kernels import Capacity, FrameCausal, Full, Spatial, Temporal, VideoLayout, attention, engaged, quantize_rows, reset_engaged
 from tubelet.kernels.attention.grouped import attention_grouped_backward
@@ -167,3 +169,63 @@ def test_a_graph_of_fp8():
     qkv = qkv_of(layout)
     found = torch.compile(quantised, fullgraph=True, backend="aot_eager")(*qkv)
     assert found.dtype == torch.bfloat16 and torch.equal(found, quantised(*qkv))
+
+
+class Elsewhere(torch.autograd.graph.saved_tensors_hooks):
+    """As activation offloading does: what is saved for the backward pass is kept in other memory."""
+
+    def __init__(self):
+        super().__init__(lambda x: x.detach().clone(), lambda x: x)
+
+
+@pytest.mark.parametrize("implementation", implementations())
+def test_a_layout_lives_though_what_is_saved_is_elsewhere(implementation):
+
+    def step(qkv):
+        layout = VideoLayout.pack([(2, 2, 2)], device=DEVICE)
+        return attention(*qkv, layout, Full(), implementation=implementation).square().sum()
+
+    qkv = leaves(*to_device(qkv_of(VideoLayout.pack([(2, 2, 2)]))))
+    with Elsewhere():
+        loss = step(qkv)
+    gc.collect()
+    loss.backward()
+    assert all(x.grad.isfinite().all() for x in qkv)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_reference_is_registered_as_it_should_be(dtype):
+    layout = VideoLayout.pack([(3, 2, 3)], device=DEVICE)
+    q, k, v = (x.to(dtype) for x in to_device(qkv_of(layout)))
+    rule = [int(number) for number in FrameCausal().as_rule()]
+    for implementation in ("reference", "torch"):
+        for with_lse in (False, True):
+            rest = (*[None] * 6, True, None, None, layout.handle, layout.handle, rule, False, None, with_lse, implementation)
+            tests = ("test_schema", "test_faketensor")
+            torch.library.opcheck(torch.ops.tubelet.attention, (q, k, v, None, None, None, *rest), test_utils=tests)
+
+
+@pytest.mark.parametrize("capacity", [None, Capacity(2, 4, 40)])
+def test_autocast_changes_no_dtype_of_the_result(capacity):
+    layout = VideoLayout.pack([(2, 2, 2)], capacity=capacity, device=DEVICE)
+    q, k, v = to_device(qkv_of(layout))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert attention(q, k, v, layout, Full(), implementation="torch").dtype == q.dtype
+
+
+@pytest.mark.skipif("triton" not in implementations(), reason="triton is not installed")
+def test_numbers_of_numpy():
+    layout = VideoLayout.pack([(2, 2, 2)], device=DEVICE)
+    qkv = to_device(qkv_of(layout))
+    found = attention(*qkv, layout, Full(), scale=1 / np.sqrt(qkv[0].shape[-1]), implementation="triton")
+    assert torch.equal(found, attention(*qkv, layout, Full(), implementation="triton"))
+
+
+@pytest.mark.skipif("triton" not in implementations(), reason="triton is not installed")
+def test_tangents_are_refused():
+    layout = VideoLayout.pack([(2, 2, 2)], device=DEVICE)
+    q, k, v = to_device(qkv_of(layout))
+    with forward_ad.dual_level():
+        q = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="forward-mode differentiation: the Triton kernels have none"):
+            attention(q, k, v, layout, Full(), implementation="triton")

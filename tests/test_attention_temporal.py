@@ -193,6 +193,21 @@ def test_norm_and_rope_on_load(dim, pairs, interleaved, norm, text):
             assert_close(ours.grad, theirs.grad, torch.float32)
 
 
+def test_norm_and_rope_of_tables_and_weights_with_gaps():
+    """Wherever they are done: sin in rows of another length than cos, weights that are columns of a tensor."""
+    layout = pack([(5, 2, 2), (3, 1, 2)])
+    qkv = qkv_of(layout, heads=2, kv_heads=2, dim=32)
+    cos, sin = rotary_table(layout.positions[:, :1], (32,), theta=100.0)
+    weights = [(0.5 + torch.rand(32, device=DEVICE)) for _ in range(2)]
+    wanted = attention(*qkv, layout, Temporal(), norm_rope=NormRope(*weights, cos, sin), implementation="triton")
+    apart = [w[:, None].repeat(1, 2)[:, 0] for w in weights]
+    found = attention(*qkv, layout, Temporal(), norm_rope=NormRope(*apart, cos, sin), implementation="triton")
+    assert torch.equal(found, wanted)
+    how = NormRope(*weights, cos, torch.cat((sin, sin + 1), dim=1)[:, :16])
+    found = attention(*qkv, layout, Temporal(), norm_rope=how, implementation="triton")
+    assert_close(found, wanted.double(), torch.float32)
+
+
 def kernels_of(call):
     reset_engaged()
     call()

@@ -1,10 +1,14 @@
 """Where clips, frames and text lie in a pack, written out by hand and counted again token by token."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tubelet.kernels import Capacity, VideoLayout
+from tubelet.kernels.layout import to_device
 
 TABLES = ("clip_offsets", "clip_grids", "frame_starts", "frame_lengths", "frame_clips", "frame_known")
 # Two clips, the second with one frame, and two tokens of text for the first.
@@ -272,3 +276,21 @@ def test_a_layout_dies_with_its_last_reference():
     for handle in handles:
         with pytest.raises(ValueError, match="layout: expected the handle of a living VideoLayout"):
             VideoLayout.of_handle(handle)
+
+
+def test_copies_are_layouts_of_their_own():
+    """With handles of their own: refilling one changes no other, and each lives as long as itself."""
+    layout = VideoLayout.pack(GRIDS, text=[2, 0], capacity=Capacity(3, 5, 40))
+    for other in (copy.copy(layout), copy.deepcopy(layout), pickle.loads(pickle.dumps(layout))):
+        assert other.handle != layout.handle and VideoLayout.of_handle(other.handle) is other
+        assert other.clips == layout.clips and other.capacity == layout.capacity and lists(other) == lists(layout)
+        before = lists(other)
+        layout.refill(VideoLayout.pack([(3, 2, 2)], capacity=Capacity(3, 5, 40)))
+        assert lists(other) == before != lists(layout)
+        layout.refill(other)
+
+
+def test_no_table_is_made_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="layout: its tables are made by the first call with it, which cannot be captured"):
+        to_device(torch.zeros(3), torch.device("cuda"))

@@ -171,13 +171,15 @@ def test_one_rule_for_ints_arrays_and_tensors(mask, t, u, known):
 @pytest.mark.parametrize(
     "mask, words",
     [
-        (lambda: Temporal(window=0), "window: expected an integer >= 1 or None, got 0"),
-        (lambda: Temporal(window=2.0), "window: expected an integer >= 1 or None, got 2.0"),
-        (lambda: FrameCausal(chunk=0), "chunk: expected an integer >= 1, got 0"),
-        (lambda: FrameCausal(chunk=None), "chunk: expected an integer >= 1, got None"),
-        (lambda: FrameCausal(chunk=True), "chunk: expected an integer >= 1, got True"),
-        (lambda: FrameCausal(window=-1), "window: expected an integer >= 1 or None, got -1"),
-        (lambda: FrameCausal(window=1, sink=-1), "sink: expected a number of frames >= 0, got -1"),
+        (lambda: Temporal(window=0), "window: expected an integer from 1 to 16384 or None, got 0"),
+        (lambda: Temporal(window=2.0), "window: expected an integer from 1 to 16384 or None, got 2.0"),
+        (lambda: FrameCausal(chunk=0), "chunk: expected an integer from 1 to 16384, got 0"),
+        (lambda: FrameCausal(chunk=None), "chunk: expected an integer from 1 to 16384, got None"),
+        (lambda: FrameCausal(chunk=True), "chunk: expected an integer from 1 to 16384, got True"),
+        (lambda: FrameCausal(window=10**9), "window: expected an integer from 1 to 16384 or None, got 1000000000"),
+        (lambda: FrameCausal(sink=10**9), "sink: expected a number of frames from 0 to 16384, got 1000000000"),
+        (lambda: FrameCausal(window=-1), "window: expected an integer from 1 to 16384 or None, got -1"),
+        (lambda: FrameCausal(window=1, sink=-1), "sink: expected a number of frames from 0 to 16384, got -1"),
     ],
 )
 def test_refused_settings(mask, words):

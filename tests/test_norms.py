@@ -362,6 +362,16 @@ X, TABLE, ROWS = torch.zeros(4, 8), torch.zeros(2, 8), torch.zeros(4, dtype=torc
             "fp8: expected no gradient to be required, since there is none, got y with requires_grad",
         ),
         (lambda: gated_residual(X, X, norm=Modulation(None, None, "batch")), ValueError, "kind: expected 'layer' or 'rms', got 'batch'"),
+        (
+            lambda: modulated_norm(X, TABLE, TABLE.repeat(2, 1), ROWS),
+            ValueError,
+            rf"scale: expected {len(TABLE)} rows as shift has, got shape \({2 * len(TABLE)}, ",
+        ),
+        (
+            lambda: gated_residual(X, X, TABLE, ROWS, norm=Modulation(TABLE.repeat(2, 1), TABLE.repeat(2, 1))),
+            ValueError,
+            rf"shift: expected {len(TABLE)} rows as gate has, got shape \({2 * len(TABLE)}, ",
+        ),
     ],
 )
 def test_refused(call, error, words):

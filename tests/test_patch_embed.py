@@ -438,7 +438,7 @@ def project(x=WIDE, weight=BACK, bias=None, **options):
         (lambda: embed(known=KNOWN[1:], known_weight=WIDE[0]), r"known: expected bool \(14,\), got torch.bool \(13,\)"),
         (lambda: embed(known=KNOWN.int(), known_weight=WIDE[0]), r"known: expected bool \(14,\), got torch.int32 \(14,\)"),
         (lambda: embed(known=KNOWN, known_weight=TOKENS[0]), r"known_weight: expected \(8,\), got \(12,\)"),
-        (lambda: embed(bias=torch.zeros(8, device="meta")), "bias: expected a tensor on cpu as the weight, got meta"),
+        (lambda: embed(bias=torch.zeros(8, device="meta")), "bias: expected on cpu as the weight is, got on meta"),
         (lambda: embed(dtype=torch.int32), "dtype: expected a floating point dtype of 16 bits or more, got torch.int32"),
         (lambda: unpatchify(TOKENS, LAYOUT, 3, norm=Modulation(None, None)), "norm: expected None without a weight, got Modulation"),
         (lambda: unpatchify(WIDE[1:], LAYOUT, 3, weight=BACK), r"tokens: expected \(14, dim\), got \(13, 8\)"),
@@ -456,8 +456,35 @@ def project(x=WIDE, weight=BACK, bias=None, **options):
         (lambda: project(norm=Modulation(TOKENS, None), rows=ROWS), r"norm: expected a shift \(rows, 8\), got \(14, 12\)"),
         (lambda: project(norm=Modulation(WIDE, WIDE)), "rows: expected the table row of each token along with shift and scale, got None"),
         (lambda: project(norm=Modulation(WIDE, WIDE), rows=ROWS[1:]), r"rows: expected int32 or int64 \(14,\), got torch.int32 \(13,\)"),
+        (
+            lambda: project(norm=Modulation(WIDE, WIDE[1:]), rows=ROWS),
+            r"norm: expected as many rows of shift as of scale, got \(14, 8\) and",
+        ),
+        (lambda: embed(layout=LAYOUT.to("meta")), "layout: expected on cpu as the weight is, got on meta"),
+        (lambda: patch_embed([clip.to("meta") for clip in CLIPS], WEIGHT), "clips: expected on cpu as the weight is, got on meta"),
     ],
 )
 def test_refused(call, words):
     with pytest.raises((ValueError, TypeError), match=words):
         call()
+
+
+@pytest.mark.parametrize("implementation", ["torch", "reference"])
+def test_a_bias_of_another_dtype(implementation):
+    """Half precision beside float32, as under autocast."""
+    clips, weight, bias = [randn(3, 2, 4, 4)], randn(8, 12).bfloat16(), randn(8)
+    found = patch_embed(clips, weight, bias, implementation=implementation)
+    assert found.dtype == torch.bfloat16
+    assert_close(found, patch_embed(clips, weight.double(), bias.double(), implementation="reference"), torch.bfloat16)
+    found = final_layer(randn(5, 12), weight, bias, implementation=implementation)
+    assert found.dtype == torch.bfloat16 and found.isfinite().all()
+
+
+def test_nothing_is_put_back_into_a_pack_without_clips():
+    layout = VideoLayout.pack([], capacity=Capacity(1, 4, 16))
+    assert unpatchify(torch.zeros(16, 8), layout, 3, weight=BACK) == []
+
+
+def test_on_meta_tensors():
+    found = patch_embed([clip.to("meta") for clip in CLIPS], WEIGHT.to("meta"))
+    assert found.shape == (14, 8) and found.is_meta

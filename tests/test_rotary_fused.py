@@ -244,3 +244,23 @@ def test_gradients_that_do_not_exist():
         run(q, k, how | {"cos": cos})
     with pytest.raises(ValueError, match="slots: expected None without out"):
         run(q, k, how, slots=torch.zeros(4, dtype=torch.int32, device=DEVICE))
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "cogvideox", "wan"])
+def test_parameters_with_gaps(name):
+    """Weights and biases that are columns of a tensor, or one number for all channels."""
+    q, k, how = arguments(6, **CASES[name])
+    parameters = [name for name in how if name.endswith(("weight", "bias"))]
+    apart = {name: how[name][:, None].repeat(1, 3)[:, 1].requires_grad_() for name in parameters}
+    plain = {name: how[name].clone().requires_grad_() for name in parameters}
+    found, expected = (qk_norm_rope(q, k, **how | each, implementation="triton") for each in (apart, plain))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    grads = (
+        torch.autograd.grad(sum(x.square().sum() for x in out), list(each.values())) for out, each in ((found, apart), (expected, plain))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    ones = {name: torch.ones(1, device=DEVICE).expand_as(how[name]) for name in parameters}
+    found, expected = (
+        qk_norm_rope(q, k, **how | each, implementation="triton") for each in (ones, {name: x.contiguous() for name, x in ones.items()})
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -110,7 +110,12 @@ def _on_load(q: torch.Tensor, mask: Mask, how: NormRope) -> bool:
         return True
     head_dim, pairs = q.shape[-1], how.cos.shape[-1]
     in_registers = how.interleaved or (2 * pairs == head_dim >= 16 and head_dim & (head_dim - 1) == 0)
-    return in_registers and how.cos.dim() == 2 and not (how.cos.requires_grad or how.sin.requires_grad)
+    return (
+        in_registers
+        and how.cos.dim() == 2
+        and how.cos.stride() == how.sin.stride()
+        and not (how.cos.requires_grad or how.sin.requires_grad)
+    )
 
 
 def _check_text_lengths(q: torch.Tensor, mask: Mask, kv_layout: VideoLayout, text_lengths: torch.Tensor | None) -> None:
@@ -144,7 +149,7 @@ def _check(q, k, v, layout, mask, kv_layout, scale, scales) -> None:
         if x.dtype not in dtypes or x.dtype != q.dtype:
             wanted = "float16, bfloat16, float32 or float64 (float8_e4m3fn needs scales)" if scales is None else "float8_e4m3fn with scales"
             raise TypeError(f"{name}: expected {wanted}, the same for q, k and v, got {x.dtype} (q is {q.dtype})")
-        if x.device != q.device or x.device.type != where.device.type:
+        if x.device != q.device or x.device != where.device:
             raise ValueError(
                 f"{name}: expected q, k, v and their layouts on one device, got {x.device} (q on {q.device}, layout on {where.device})"
             )

@@ -43,7 +43,8 @@ class Turn(NamedTuple):
     @classmethod
     def of(cls, weight: torch.Tensor | None, how: NormRope, weight_gradient: torch.Tensor | None = None) -> "Turn":
         pairs, stride = (0, 0) if how.cos is None else (how.cos.shape[1], how.cos.stride(0))
-        given = weight, weight_gradient, how.cos, how.sin, how.rows
+        weight = None if weight is None else weight.contiguous()
+        given = weight, weight_gradient, how.cos, how.sin, None if how.rows is None else how.rows.contiguous()
         there = (each is not None for each in (weight, weight_gradient, how.rows))
         constants = (tl.constexpr(value) for value in (*there, pairs, NORMS[how.norm], how.interleaved))
         return cls(*(0 if each is None else each for each in given), stride, how.eps, *constants)

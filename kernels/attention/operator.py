@@ -57,9 +57,9 @@ def run(
         return function(q, k, v, layout, mask, kv_layout, scale, scales, how=how, text_lengths=text_lengths)
     if scales is not None:
         q, k, v = (dequantize_rows(x, each) for x, each in zip((q, k, v), scales, strict=True))
-    result = function(q, k, v, layout, mask, kv_layout, scale, text_lengths)
+    result, dtype = function(q, k, v, layout, mask, kv_layout, scale, text_lengths), q.dtype if scales is None else OUT_OF_FP8
     out, lse = (result, None) if isinstance(result, torch.Tensor) else result
-    return out if scales is None else out.to(OUT_OF_FP8), lse
+    return out.to(dtype), lse  # autocast gives another
 
 
 def check_layouts(layout: VideoLayout, mask: Mask, kv_layout: VideoLayout) -> None:
@@ -107,18 +107,21 @@ def operator(
     scales = None if q_scale is None else (q_scale, k_scale, v_scale)
     mask, layouts = RuleMask.of(rule, same_site), (VideoLayout.of_handle(layout), VideoLayout.of_handle(kv_layout))
     out, lse = run(q, k, v, scales, layouts[0], mask, layouts[1], _scale(scale, q), with_lse, implementation, how, text_lengths)
-    lse = q.new_empty(0, dtype=torch.float32) if lse is None else lse.contiguous()
-    lse.untyped_storage().layouts = layouts  # saved for the backward pass, it keeps them alive until then
+    lse = q.new_empty(0, dtype=_dtype_of_lse(q)) if lse is None else lse.contiguous()
+    lse.untyped_storage().layouts = layouts  # saved for the backward pass of a compiled graph, it keeps them alive until then
     return out.contiguous(), lse
 
 
 @operator.register_fake
 def _(q, k, v, q_scale, *rest):
     with_lse, implementation = rest[-2:]
-    has_lse = with_lse or choose("attention", implementation, *implementations(q, with_lse)) == "triton"
+    has_lse = with_lse or choose("attention", implementation, *implementations(q, with_lse)) != "torch"
     out = q.new_empty(q.shape, dtype=q.dtype if q_scale is None else OUT_OF_FP8)
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out, q.new_empty((q.shape[1], q.shape[0]) if has_lse else 0, dtype=dtype)
+    return out, q.new_empty((q.shape[1], q.shape[0]) if has_lse else 0, dtype=_dtype_of_lse(q))
+
+
+def _dtype_of_lse(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 @as_operator("tubelet::attention_backward")
@@ -167,6 +170,7 @@ def _setup_context(ctx, inputs, output) -> None:
     q, k, v, *_ = inputs
     tensors, how, text_lengths, (*layouts_and_mask, _with_lse, implementation) = inputs[6:11], inputs[11:14], inputs[14], inputs[15:]
     ctx.save_for_backward(q, k, v, *output, *tensors, text_lengths)
+    ctx.layouts = getattr(output[1].untyped_storage(), "layouts", None)  # hooks may put what is saved elsewhere, in another storage
     ctx.rest = how, (*layouts_and_mask, implementation)
 
 

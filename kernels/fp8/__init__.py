@@ -84,10 +84,11 @@ def fp8_linear(
     out_dtype: torch.dtype = OUT_OF_FP8,
     implementation: str = "auto",
 ) -> torch.Tensor:
-    """x weight^T + bias, (..., out) in out_dtype, of E4M3 numbers with a scale for each row, summed in float32.
+    """x weight^T + bias, (..., out) in out_dtype, of E4M3 numbers with a scale for each row.
 
     x: (..., in), quantised here by rows; or E4M3, with x_scale (...), float32. weight8: E4M3 (out, in), and weight_scale: float32 (out,),
-    as `quantize_rows` makes them of a weight. bias: (out,), of any floating dtype. Sums are never by Hopper's fast accumulation of 14 bits.
+    as `quantize_rows` makes them of a weight. bias: (out,), of any floating dtype. Sums are in float32, but by the library's
+    product ("auto" on Hopper and Blackwell) with fast accumulation, which on Hopper keeps 14 bits of them.
 
     Raises TypeError or ValueError on a mismatch, and ValueError if a gradient is required, since there is none.
     """

@@ -23,10 +23,10 @@ tokens or more of a row, whose float32 sums, up to three, are written and read o
 fewer tokens than that. Before that the row index is sorted. No sum is atomic, and all are in float32: the same call gives the same bits,
 and the sums of a row of the tables have the same bits whatever else is in the pack.
 
-By default a result is rounded once, at its end. With `exact` it is rounded where the plain expression of torch rounds, whose numbers a
-model that was trained or validated with it may want back: the norm (with weight and bias, as `F.layer_norm` and `F.rms_norm` do) to x's
-dtype, 1 + scale, the product, the sum, each to the dtype that torch promotes to; the gate's tanh and product and the sum; and the norm
-reads the rounded x'. That costs no bytes, and up to six roundings for each element. x' without a tanh is then bit for bit that of the
+By default a result of the kernels is rounded once, at its end. With `exact` it is rounded where the plain expression of torch rounds, whose
+numbers a model that was trained or validated with it may want back: the norm (with weight and bias, as `F.layer_norm` and `F.rms_norm` do)
+to x's dtype, 1 + scale, the product, the sum, each to the dtype that torch promotes to; the gate's tanh and product and the sum; and the
+norm reads the rounded x'. That costs no bytes, and up to six roundings for each element. x' without a tanh is then bit for bit that of the
 plain expression; of the norm, in half precision, 99.98 % of the elements are, measured against the library on a CPU (99.9 % is what the
 tests demand; by default it is 60 to 77 %), and the others lie a rounding of an intermediate result away: there the last bits of float32
 decide, since statistics are summed in another order.
@@ -65,7 +65,8 @@ def modulated_norm(
     exact: bool = False,
     implementation: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """y = norm(x) * (1 + scale[rows]) + shift[rows], in x's dtype, computed in float32 or better.
+    """y = norm(x) * (1 + scale[rows]) + shift[rows], in x's dtype, computed in float32 or better (by "torch", whose functions round to half
+    precision in between, in their dtype).
 
     x: (tokens, channels). shift, scale: (rows, channels) or None, of any floating point dtype. rows: int32 or int64 (tokens,), the table
     row of each token, which is not checked to be in the table; needed with shift or scale. kind: "layer" (LayerNorm) or "rms" (Zhang &
@@ -125,9 +126,10 @@ def gated_residual(
     if y.shape != x.shape:
         raise ValueError(f"y: expected the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}")
     _check_beside(x, y=y)
-    _check_table(x, rows, gate=gate)
-    if norm is not None:
-        _check_table(x, rows, shift=norm.shift, scale=norm.scale)
+    if norm is None:
+        _check_table(x, rows, gate=gate)
+    else:
+        _check_table(x, rows, gate=gate, shift=norm.shift, scale=norm.scale)
         _check_norm(x, norm.kind, norm.weight, norm.bias)
     if tanh_gate and gate is None:
         raise ValueError("tanh_gate: expected False without a gate, got True")
@@ -178,9 +180,12 @@ def _check_beside(x: torch.Tensor, **others: torch.Tensor | None) -> None:
 
 def _check_table(x: torch.Tensor, rows: torch.Tensor | None, **tables: torch.Tensor | None) -> None:
     given = {name: table for name, table in tables.items() if table is not None}
+    first = next(iter(given.values()), None)
     for name, table in given.items():
         if table.dim() != 2 or table.shape[1] != x.shape[1]:
             raise ValueError(f"{name}: expected (rows, {x.shape[1]}), got shape {tuple(table.shape)}")
+        if table.shape[0] != first.shape[0]:
+            raise ValueError(f"{name}: expected {first.shape[0]} rows as {next(iter(given))} has, got shape {tuple(table.shape)}")
     _check_beside(x, **given, rows=rows)
     if given and rows is None:
         raise ValueError(f"rows: expected the table row of each token along with {' and '.join(given)}, got None")

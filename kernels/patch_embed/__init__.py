@@ -107,6 +107,7 @@ def patch_embed(
         if in_tokens and tokens != layout.tokens:
             raise ValueError(f"clips: expected {layout.tokens} tokens as in the layout, got {tokens}")
         tokens = layout.tokens
+    _check_devices(weight, clips=clips if in_tokens else clips[0], layout=layout)
     _check_added(weight, tokens, bias, positions, layout, known, known_weight)
     dtype = dtype or weight.dtype
     if dtype.itemsize < 2 or not dtype.is_floating_point:
@@ -187,6 +188,8 @@ def unpatchify(
             )
         _check_projection(tokens, weight, bias, norm, rows)
         available = _projections(tokens, weight, bias, norm)
+        if not layout.clips:
+            return []
         if choose("unpatchify", implementation, *available) == "triton":
             sizes = sizes or [tuple(n * p for n, p in zip(clip.grid, patch, strict=True)) for clip in layout.clips]
             flat = [side for size in sizes for side in size]
@@ -203,7 +206,7 @@ def unpatchify(
 def _autocast(weight: Tensor) -> Tensor:
     """As autocast gives it to a product."""
     kind = weight.device.type
-    if torch.is_autocast_enabled(kind) and weight.dtype == torch.float32:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and weight.dtype == torch.float32:
         return weight.to(torch.get_autocast_dtype(kind))
     return weight
 
@@ -272,10 +275,10 @@ def _check_added(weight, tokens, bias, positions, layout, known, known_weight) -
         _check_devices(weight, positions=table)
 
 
-def _check_devices(weight: Tensor, **others: Tensor | None) -> None:
+def _check_devices(weight: Tensor, **others: Tensor | VideoLayout | None) -> None:
     for name, other in others.items():
         if other is not None and other.device != weight.device:
-            raise ValueError(f"{name}: expected a tensor on {weight.device} as the weight, got {other.device}")
+            raise ValueError(f"{name}: expected on {weight.device} as the weight is, got on {other.device}")
 
 
 def _check_projection(tokens, weight, bias, norm, rows) -> None:
@@ -303,6 +306,8 @@ def _check_projection(tokens, weight, bias, norm, rows) -> None:
     for name, table in tables.items():
         if table.dim() != 2 or table.shape[1] != dim:
             raise ValueError(f"norm: expected a {name} (rows, {dim}), got {tuple(table.shape)}")
+    if len(tables) == 2 and len(norm.shift) != len(norm.scale):
+        raise ValueError(f"norm: expected as many rows of shift as of scale, got {tuple(norm.shift.shape)} and {tuple(norm.scale.shape)}")
     _check_devices(weight, **{f"norm.{name}": getattr(norm, name) for name in ("shift", "scale", "weight", "bias")})
     if tables:
         if rows is None:

@@ -83,7 +83,7 @@ def patch_embed(
         places=where.positions if len(positions) == 3 else None, known=known, known_weight=known_weight,
     )  # fmt: skip
     keeper = weight.new_empty(0)
-    keeper.untyped_storage().layout = where  # saved for the backward pass
+    keeper.untyped_storage().layout = where  # an argument of the backward pass
     return out, keeper
 
 
@@ -101,6 +101,7 @@ def patch_embed_backward(
     positions: Sequence[Tensor],
     known: Tensor | None,
     known_weight: Tensor | None,
+    keeper: Tensor,
     patch: list[int] | None,
     layout: int | None,
     wanted: list[bool],
@@ -140,7 +141,7 @@ def patch_embed_backward(
 
 
 @patch_embed_backward.register_fake
-def _(d, sources, weight, bias, positions, known, known_weight, patch, layout, wanted):
+def _(d, sources, weight, bias, positions, known, known_weight, keeper, patch, layout, wanted):
     shape = (_length(sources[0].shape[0], _sides(sources)),) if patch else sources[0].shape
     likes = [weight, bias, *positions, *[None] * (3 - len(positions)), known_weight]
     shapes = [shape, *(None if like is None else like.shape for like in likes)]
@@ -153,17 +154,18 @@ def _save_embed(ctx, inputs, output) -> None:
     sources, weight, bias, positions, known, known_weight, patch, layout, *_ = inputs
     ctx.save_for_backward(*sources, weight, bias, *positions, known, known_weight, output[1])
     ctx.counts, ctx.rest = (len(sources), len(positions)), (patch, layout)
+    ctx.layout = getattr(output[1].untyped_storage(), "layout", None)  # hooks may put what is saved elsewhere, in another storage
 
 
 def _embed_backward(ctx, d, _):
     clips, tables = ctx.counts
     saved, (patch, layout) = ctx.saved_tensors, ctx.rest
     sources, (weight, bias) = saved[:clips], saved[clips : clips + 2]
-    positions, (known, known_weight) = saved[clips + 2 : clips + 2 + tables], saved[-3:-1]
+    positions, rest = saved[clips + 2 : clips + 2 + tables], saved[-3:]  # known, known_weight and what keeps the layout alive
     need = ctx.needs_input_grad
     of_tables = [*need[3], False, False, False][:3]
     wanted = [any(need[0]), need[1], need[2], *of_tables, need[5]]
-    grads = patch_embed_backward(d, list(sources), weight, bias, list(positions), known, known_weight, patch, layout, wanted)
+    grads = patch_embed_backward(d, list(sources), weight, bias, list(positions), *rest, patch, layout, wanted)
     dsources, *grads = (grad if want else None for grad, want in zip(grads, wanted, strict=True))
     if dsources is not None:
         dsources = parts(dsources, sources[0].shape[0], _sides(sources)) if patch else [dsources]

@@ -71,7 +71,7 @@ def patch_embed_torch(
 ) -> Tensor:
     """A library's product; what is added to it is summed in float32, and rounded once."""
     x = source if isinstance(source, Tensor) else pack_pieces([patches(clip, patch) for clip in source], layout)
-    out = F.linear(x.to(weight.dtype), weight, bias)
+    out = _linear(x.to(weight.dtype), weight, bias)
     return _finish(out, torch.promote_types(dtype, torch.float32), positions, layout, known, known_weight, dtype)
 
 
@@ -119,9 +119,16 @@ def _finish(out, wide, positions, layout, known, known_weight, dtype):
     return out.to(dtype)
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A library's product; a bias of another dtype, which it does not take, is added in the wider of the two."""
+    if bias is None or bias.dtype == weight.dtype:
+        return F.linear(x, weight, bias)
+    return (F.linear(x, weight) + bias).to(weight.dtype)
+
+
 def final_layer_torch(tokens: Tensor, weight: Tensor, bias: Tensor | None, norm: Modulation | None, rows: Tensor | None) -> Tensor:
     """A library's product, of the norm rounded to the weight's dtype."""
-    return F.linear(_normed(tokens, norm, rows, "torch").to(weight.dtype), weight, bias)
+    return _linear(_normed(tokens, norm, rows, "torch").to(weight.dtype), weight, bias)
 
 
 def final_layer_reference(tokens, weight, bias, norm, rows):

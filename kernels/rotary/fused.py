@@ -545,6 +545,13 @@ def _table(how: NormRope) -> tuple[Table | None, int]:
     return table, how.cos.shape[0]
 
 
+def _side_by_side(how: NormRope) -> NormRope:
+    """With the numbers of weights and biases next to each other, as kernels read them."""
+    names = ("q_weight", "k_weight", "q_bias", "k_bias")
+    apart = {name: x.contiguous() for name in names if (x := getattr(how, name)) is not None and not x.is_contiguous()}
+    return how._replace(**apart) if apart else how
+
+
 def _number_of_tiles(x: torch.Tensor, tile: Tile) -> int:
     return cdiv(x.shape[0], tile.tokens) * tile.chunks
 
@@ -565,6 +572,7 @@ def norm_rope_fused(
     if out is None:
         out = tuple(x.new_empty(x.shape, dtype=FP8 if fp8 else x.dtype) for x in (q, k))
     scales = tuple(x.new_empty(x.shape[1], x.shape[0], dtype=torch.float32) if fp8 else None for x in (q, k))
+    how = _side_by_side(how)
     q_tile, k_tile, warps = _tiles(q, k, how, out)
     slots = None if slots is None else slots.contiguous()
     sides = (
@@ -587,6 +595,7 @@ def norm_rope_fused_backward(
     dq: torch.Tensor, dk: torch.Tensor, q: torch.Tensor, k: torch.Tensor, how: NormRope, wanted: Sequence[bool] = (True,) * 4
 ) -> tuple[torch.Tensor | None, ...]:
     """The gradients of q, k, and of their weights and biases, q_weight, k_weight, q_bias, k_bias, those that are there and wanted."""
+    how = _side_by_side(how)
     douts = tuple(d if not d.numel() or d.stride(-1) == 1 else d.contiguous() for d in (dq, dk))
     grads = tuple(x.new_empty(x.shape) for x in (q, k))
     parameters = how.q_weight, how.k_weight, how.q_bias, how.k_bias
