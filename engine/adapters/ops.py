@@ -58,7 +58,8 @@ def attend(
     lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of each entry of a batch to itself or, `cross`, to a text of its own: (batch, tokens, heads, head_dim) in q's dtype.
+    """Attention of each entry of a batch to itself or, `cross`, to a text of its own: (batch, tokens, heads, head_dim) in q's dtype, or that
+    of autocast, which the library's attention gives too.
 
     q: (batch, tokens, heads, head_dim); k, v: (batch, keys, kv heads, head_dim), views of fused projections too. mask: Full by default.
     clip: what an entry is. lengths: int32 (batch,), of the keys of an entry's text, which are all if `cross`, how many are there, the rest
@@ -69,6 +70,8 @@ def attend(
         raise ValueError(f"lengths: expected None without a text, got {tuple(lengths.shape)}")
     how = (clip.frames, clip.text, int(clip.text_first), int(cross))
     mask = Full() if mask is None else mask
+    if torch.is_autocast_enabled(q.device.type) and q.dtype == torch.float32:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     implementation = _fastest(q, mask, lengths) if swaps.implementation == "auto" else swaps.implementation
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if torch.compiler.is_compiling():  # a layout is made of the sizes when the call runs

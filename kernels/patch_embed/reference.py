@@ -120,10 +120,8 @@ def _finish(out, wide, positions, layout, known, known_weight, dtype):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A library's product; a bias of another dtype, which it does not take, is added in the wider of the two."""
-    if bias is None or bias.dtype == weight.dtype:
-        return F.linear(x, weight, bias)
-    return (F.linear(x, weight) + bias).to(weight.dtype)
+    """A library's product, which takes a bias of the weight's dtype alone."""
+    return F.linear(x, weight, None if bias is None else bias.to(weight.dtype))
 
 
 def final_layer_torch(tokens: Tensor, weight: Tensor, bias: Tensor | None, norm: Modulation | None, rows: Tensor | None) -> Tensor:
