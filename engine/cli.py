@@ -56,7 +56,7 @@ def main() -> None:
             app.add_typer(command.load(), name=command.name)
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         if os.environ.get("TUBELET_DEBUG"):
             raise
         errors.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
@@ -95,9 +95,13 @@ def sample(
 
     if not prompt.strip():
         raise ValueError("prompt: expected a description of the video, got an empty one")
-    for path in (out, save_frames):
+    for name, path in (("--out", out), ("--save-frames", save_frames)):
         if path is not None:
             check_parent(path)
+            if (name == "--save-frames" or not path.suffix) and path.exists() and not path.is_dir():
+                raise ValueError(f"{name}: expected a folder, or a name that ends in {', '.join(FORMATS)}, got the file {path}")
+    if out == Path():
+        raise ValueError("--out: expected a name or a folder, got an empty one, or the folder where you are")
     if out.suffix.lower() not in FORMATS and not out.is_dir() and out.suffix:
         raise ValueError(f"--out: expected a name that ends in {', '.join(FORMATS)}, or a folder, got {out}")
     if video is not None and (image is not None or last_image is not None or loop):
@@ -234,8 +238,8 @@ def train_dit(
         str | None, typer.Option(help="A CLIP or T5 encoder (kept fixed); without it a small CLIP is made and trained along.")
     ] = None,
     train_text: Annotated[bool, typer.Option(help="Train the text encoder of --start or --text along.")] = False,
-    width: Annotated[int, typer.Option(help="Channels of the transformer.")] = 192,
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    width: Annotated[int, typer.Option(min=1, help="Channels of the transformer.")] = 192,
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 4,
     blocks: Annotated[str, typer.Option(help="Kinds of blocks, such as factorised*4,frame_causal*2.")] = "factorised*6",
     local: Annotated[tuple[int, int], typer.Option(help="Convolutional blocks before and after the transformer.")] = (2, 2),
     latents: Annotated[str, typer.Option(help="What is diffused: 'space' latents (time latents follow from them), or 'both'.")] = "space",
@@ -279,7 +283,7 @@ def train_dit(
     else:
         first = VideoVAE.from_pretrained(vae).to(where)
         if text is None:
-            captions = vocabulary_captions(4000) if not data else (world.draw(i, 1, 32, 32).caption for i in range(4000))
+            captions = [text for folder in world.worlds for text in folder.captions()] if data else vocabulary_captions(4000)
             encoder, train_text = build_clip(captions, out / "text", dim=128, layers=2, heads=4, max_length=64).to(where), True
         else:
             encoder = TextEncoder.from_pretrained(text, device=where)

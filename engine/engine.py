@@ -132,7 +132,8 @@ class Engine:
 
         The arguments up to `extend` describe the video of a prompt, as in `Request`. loop: the last frame leads on to the first. steps,
         solver ("euler", "heun", "dpm++2m"), shift (of the noise schedule) and stagger (by how many evaluations of the model each frame
-        lags behind the one before; 0: all frames together) default to what the model was tuned for. graphs: whether evaluations that
+        lags behind the one before; 0: all frames together, as those between known frames always are) default to what the model was tuned
+        for. graphs: whether evaluations that
         repeat are captured in CUDA graphs; None: on a GPU, for packs so small that the host would else take longer than the GPU.
         progress(done, of) is called after every evaluation of the model.
 
@@ -156,6 +157,10 @@ class Engine:
             return self._sample([request], schedule, stagger, graphs, progress)[0]
         if loop:
             raise ValueError("loop: expected False with requests; loop one prompt at a time")
+        own = {"frames": frames != 16, "height": height != 64, "width": width != 64, "seed": seed != 0, "guidance": guidance is not None}
+        own |= {"negative_prompt": negative_prompt != "", "known": known is not None, "extend": extend != "forward"}
+        if any(own.values()):
+            raise ValueError(f"{next(name for name in own if own[name])}: expected in the requests, which each have their own")
         requests = [prompt] if isinstance(prompt, Request) else list(prompt)
         for i, request in enumerate(requests):
             if not isinstance(request, Request):
@@ -170,16 +175,28 @@ class Engine:
     ) -> Iterator[Clip]:
         """A long video, chunk by chunk in bounded memory: each chunk is sampled knowing the last `overlap` frames before it.
 
-        chunk: the frames sampled together, the trained length by default; overlap: half of that. known: a clip to go on from. options:
-        as of `sample`, `seed` for the first chunk. Yields clips of new frames, `frames` in all.
+        chunk: the frames sampled together, the trained length by default; overlap: half of that. known: a clip to go on from, or an image.
+        options: as of `sample`, but `extend` and `loop`; `seed` for the first chunk. Yields clips of new frames, `frames` in all. Raises
+        ValueError or TypeError, at once, for what it cannot do.
         """
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt: expected text, got {type(prompt).__name__}; stream one prompt at a time")
+        for name in ("extend", "loop"):
+            if name in options:
+                raise ValueError(f"{name}: expected none for a stream, which goes on forwards, got {options[name]!r}")
+        if isinstance(known, Mapping):
+            raise TypeError("known: expected a clip or an image to go on from, got frames by number")
+        if isinstance(known, Tensor) and known.dim() == 3:
+            known = known[None]
         chunk = chunk or self.config.trained_frames
         overlap = chunk // 2 if overlap is None else overlap
         if not 0 < overlap < chunk:
             raise ValueError(f"overlap: expected from 1 to {chunk - 1} frames for chunks of {chunk}, got {overlap}")
         if frames < 1:
             raise ValueError(f"frames: expected at least 1, got {frames}")
-        seed = options.pop("seed", 0)
+        return self._stream(prompt, frames, chunk, overlap, known, **options)
+
+    def _stream(self, prompt: str, frames: int, chunk: int, overlap: int, known: Any | None, seed: int = 0, **options) -> Iterator[Clip]:
         tail, made = known, 0
         while made < frames:
             seen = 0 if tail is None else len(tail[-overlap:])
@@ -210,6 +227,8 @@ class Engine:
         requests = [replace(request, guidance=own) if request.guidance is None else request for request in requests]
         pack = Pack.build(requests, self.dit, self.vae, self.text)
         tokens = self._denoise(pack, schedule, stagger, graphs, progress)
+        if not tokens.isfinite().all():
+            raise ValueError("model: expected finite numbers from the transformer, got NaN or infinity: its weights are broken")
         codes = unpatchify(tokens, pack.layout, self.dit.config.channels, self.dit.config.patch)
         clips = []
         for code, known, request in zip(codes, pack.known, requests, strict=True):
@@ -277,5 +296,10 @@ class Engine:
 
 
 def _order(known: Sequence[bool]) -> list[int]:
-    """The place of each frame of a clip among those that are to be made; of known ones, no matter what."""
+    """When each frame of a clip is to be made, by number; of known ones, no matter what. Frames between known ones are made together: one
+    after the other they would reach the end where they cannot meet it any more.
+    """
+    made = [i for i, each in enumerate(known) if not each]
+    if made and known[0] and any(known[made[0] :]):
+        return [0] * len(known)
     return [i - sum(known[:i]) for i in range(len(known))]

@@ -96,7 +96,10 @@ class Clip:
                 raise ValueError(f"{path}: PNG frames of different sizes")
             return cls(torch.from_numpy(np.stack(parts)))
         if path.suffix == ".npy" and path.is_file():
-            return cls(torch.from_numpy(np.load(path, allow_pickle=False)))
+            try:
+                return cls(torch.from_numpy(np.load(path, allow_pickle=False)))
+            except (ValueError, TypeError, EOFError) as error:
+                raise ValueError(f"{path}: not the frames of a clip: {error or 'the file is empty'}") from error
         frames, fps = _decode(path)
         return cls(torch.from_numpy(np.stack(frames)), fps)
 
@@ -259,7 +262,8 @@ def _decode(path: Path, most: int | None = None) -> tuple[list[np.ndarray], floa
             stream.codec_context.options = {"err_detect": "explode"}
             fps = float(stream.average_rate or 8)
             for frame in container.decode(stream):
-                frames.append(frame.to_ndarray(format="rgb24"))
+                turns = round(getattr(frame, "rotation", 0) / 90)  # counterclockwise: how the camera was held
+                frames.append(np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns)))
                 if most is not None and len(frames) == most:
                     break
             expected = stream.frames

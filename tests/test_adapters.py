@@ -306,6 +306,35 @@ class TestSurvives:
         model.disable_adapters()
         assert float((forward(model)[0] - with_adapter[0]).norm() / with_adapter[0].norm()) > 0.1
 
+    @pytest.mark.parametrize("first", ["adapter", "accelerate"])
+    def test_an_adapter_fused_into_weights_in_fp8(self, first):
+        peft = pytest.importorskip("peft")
+        model, low_rank = make(WAN), peft.LoraConfig(r=4, target_modules=["to_q", "to_v", "ffn.net.2"], init_lora_weights=False)
+        before = forward(model)[0]
+        if first == "adapter":
+            model.add_adapter(low_rank)
+        accelerate(model, precision="fp8")
+        if first == "accelerate":
+            model.add_adapter(low_rank)
+        apart = forward(model)[0]
+        model.fuse_lora()
+        assert (forward(model)[0] - apart).norm() < 0.1 * apart.norm() < (apart - before).norm()  # errors of FP8; the adapter's part
+        model.unfuse_lora()
+        model.disable_adapters()
+        assert (forward(model)[0] - before).norm() < 0.1 * before.norm()
+
+    def test_weights_that_change_are_quantised_again(self):
+        model, expected, other = make(WAN), make(WAN), make(WAN)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1.3)
+        accelerate(model, precision="fp8")
+        forward(model)
+        for each in (model, expected):
+            each.load_state_dict(other.state_dict())
+        accelerate(expected, precision="fp8")
+        assert all(torch.equal(a, b) for a, b in zip(forward(model), forward(expected), strict=True))
+
     def test_quantised_weights(self):
         torchao = pytest.importorskip("torchao.quantization")
         model = make(WAN)

@@ -58,3 +58,11 @@ def test_it_shows_what_prompts_say(engine):
     figures, _ = prompt_faithfulness(engine, config, lambda items, name: items)
     assert min(figures["colour"], figures["background"]) >= 0.9
     assert min(figures["shape"], figures["direction"]) >= 0.5 > max(figures["shuffled_shape"], figures["shuffled_direction"])
+
+
+@torch.inference_mode()
+def test_a_loop_closes(engine):
+    """From its last frame to its first it moves no further than it does elsewhere, within twice the mean step and a half."""
+    clip = engine.sample("a red square moves up on a black background", frames=12, height=48, width=48, loop=True, seed=1)
+    steps = [float((a.float() - b.float()).abs().mean()) for a, b in zip(clip.frames, clip.frames.roll(-1, 0), strict=True)]
+    assert steps[-1] <= 2.5 * sum(steps[:-1]) / len(steps[:-1])

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+import warnings
 from dataclasses import replace
 
 import av
@@ -417,3 +418,20 @@ def test_video_folder_names_what_is_missing(tmp_path, counting):
     table.write_text("\n")
     with pytest.raises(FileNotFoundError, match="names no video"):
         VideoFolder(tmp_path)
+
+
+def test_a_video_that_cannot_be_decoded_is_left_out(tmp_path, counting):
+    for name in ("a", "b"):
+        write_video(tmp_path / f"{name}.mkv", counting)
+        (tmp_path / f"{name}.txt").write_text(f"caption {name}\n")
+    (tmp_path / "a.mkv").write_bytes((tmp_path / "a.mkv").read_bytes()[:200])
+    folder = VideoFolder(tmp_path)
+    assert folder.captions() == ["caption a", "caption b"]
+    with pytest.warns(RuntimeWarning, match=r"a\.mkv: cannot be decoded .*; it is left out"):
+        assert folder.draw(0, 2, 8, 8).caption == "caption b"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # told of once
+        assert folder.draw(2, 2, 8, 8).caption == "caption b"
+    (tmp_path / "b.mkv").write_bytes(b"")
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="none of its videos can be decoded"):
+        folder.draw(1, 2, 8, 8)

@@ -1,10 +1,12 @@
 """The whole way with a tiny random model: requests of any size in one pack, known frames, loops and streams."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from tubelet.engine import Clip, DiTConfig, Engine, EngineConfig, Request, VAEConfig, VideoDiT, VideoVAE
+from tubelet.engine.engine import _order
 from tubelet.engine.text import build_clip
 from tubelet.engine.training.data import vocabulary_captions
 
@@ -104,6 +106,55 @@ def test_loop_and_stream(engine):
     assert len(loop) == 4
     chunks = list(engine.stream("x", 9, chunk=4, overlap=2, **SIZE))
     assert [len(chunk) for chunk in chunks] == [4, 2, 2, 1]
+
+
+def test_a_stream_refuses_at_once_what_it_cannot_do(engine):
+    image = torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8)
+    for given, error, words in (
+        (([Request("x", 2, 32, 32)], 9), TypeError, "prompt: expected text, got list"),
+        ((Request("x", 2, 32, 32), 9), TypeError, "prompt: expected text, got Request"),
+    ):
+        with pytest.raises(error, match=words):
+            engine.stream(*given)
+    for options, error, words in (
+        ({"extend": "backward"}, ValueError, "extend: expected none for a stream, which goes on forwards, got 'backward'"),
+        ({"loop": True}, ValueError, "loop: expected none for a stream"),
+        ({"known": {0: image}}, TypeError, "known: expected a clip or an image to go on from, got frames by number"),
+    ):
+        with pytest.raises(error, match=words):
+            engine.stream("x", 9, **options, **SIZE)
+    chunks = list(engine.stream("x", 5, chunk=4, overlap=2, known=image, **SIZE))
+    assert [len(chunk) for chunk in chunks] == [3, 2]
+
+
+def test_requests_have_their_own_settings(engine):
+    for name, value in (("frames", 9), ("seed", 4), ("guidance", 2.0), ("known", torch.zeros(2)), ("negative_prompt", "y")):
+        with pytest.raises(ValueError, match=f"{name}: expected in the requests, which each have their own"):
+            engine.sample([Request("x", 2, 32, 32)], **{name: value})
+
+
+def test_a_model_of_nan_makes_no_video(engine):
+    broken = Engine(engine.text, copy.deepcopy(engine.dit), engine.vae, engine.config)
+    with torch.no_grad():
+        next(broken.dit.blocks.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="model: expected finite numbers from the transformer"):
+        broken.sample("x", frames=2, **SIZE)
+
+
+@pytest.mark.parametrize(
+    ("known", "order"),
+    [
+        ([0, 0, 0], [0, 1, 2]),
+        ([1, 0, 0], [0, 0, 1]),
+        ([0, 0, 1], [0, 1, 2]),  # before what is known: as its start
+        ([1, 0, 0, 1], [0, 0, 0, 0]),  # between: all at once
+        ([1, 0, 1, 0], [0, 0, 0, 0]),
+        ([1, 1], [0, -1]),
+    ],
+)
+def test_when_frames_are_made(known, order):
+    found = _order([bool(each) for each in known])
+    assert all(a == b for a, b, given in zip(found, order, known, strict=True) if not given)
 
 
 def test_a_request_is_guided_as_the_model_was_tuned_unless_it_says_otherwise(engine):

@@ -221,3 +221,16 @@ def test_a_run_of_another_model_is_named(folder, tmp_path):
 def test_parts_that_do_not_fit_are_named(folder):
     with pytest.raises(ValueError, match=r"dit: expected channels 4 .* or 8 .*, got 6"):
         stage_two(folder, channels=6)
+
+
+def test_a_run_that_diverges_ends_with_an_error(folder, tmp_path):
+    """And leaves the last checkpoint as it was."""
+    stage = stage_two(folder)
+    trainer = Trainer(stage, tmp_path, TrainerConfig(steps=5, warmup=2), hidden(stage))
+    stage.measure(2)
+    trainer.run(stage.loss, "dit")
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    again = Trainer(stage, tmp_path, TrainerConfig(steps=50, warmup=2), hidden(stage))
+    with pytest.raises(ValueError, match=r"training: gradients were not finite for 20 steps, up to 25: it diverged"):
+        again.run(lambda step: {"loss": stage.loss(step)["loss"] * float("nan")}, "dit")
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before

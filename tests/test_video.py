@@ -183,3 +183,22 @@ def test_a_full_disk_halfway_through_a_folder_leaves_none_of_it(tmp_path, monkey
 def test_files_can_be_read_by_others(tmp_path):
     write_whole(tmp_path / "a", b"x")
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+
+
+def test_an_image_that_was_taken_upright_is_upright(tmp_path):
+    """By the orientation that cameras write."""
+    image = pytest.importorskip("PIL.Image", reason="it writes EXIF")
+    pixels = torch.zeros(32, 64, 3, dtype=torch.uint8)
+    pixels[:, :16] = 255  # the left edge, which is the upper one when turned clockwise
+    exif = image.Exif()
+    exif[0x0112] = 6
+    image.fromarray(pixels.numpy()).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    found = load_image(tmp_path / "a.jpg")
+    assert found.shape == (64, 32, 3) and found[:12].min() > 200 and found[20:].max() < 50
+
+
+@pytest.mark.parametrize("content", [b"", b"not numpy"])
+def test_a_broken_array_is_named(tmp_path, content):
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.npy: not the frames of a clip"):
+        Clip.load(tmp_path / "a.npy")

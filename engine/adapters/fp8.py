@@ -1,7 +1,7 @@
 """Linears of a model in E4M3: a scale for each row of the activations and for each output channel of the weight.
 
 The quantised weight lies beside the module's own, which stays what it was, for the state dict and for `restore`. Both are kept as integers
-of the same bits: `model.to(dtype)` would round numbers.
+of the same bits: `model.to(dtype)` would round numbers. Where the module's own weight has changed since, it is quantised again.
 """
 
 from functools import partial
@@ -32,11 +32,39 @@ def unavailable(linear: nn.Module) -> str | None:
 
 def swap(swaps: "Swaps", linear: nn.Linear) -> None:
     """Quantise the weight, and compute with it from now on."""
-    weight8, scale = quantize_rows(linear.weight.detach())
-    for name, value in ((WEIGHT, weight8.view(torch.uint8)), (SCALE, scale.contiguous().view(torch.int32))):
+    for name, value in _quantised(linear):
         linear.register_buffer(name, value, persistent=False)
         swaps.undo.append(partial(delattr, linear, name))
-    swaps.set(linear, "forward", partial(_forward, linear, swaps=swaps))
+    swaps.set(linear, "forward", partial(_forward, linear, swaps=swaps, of=_Weight(linear, swaps.model)))
+
+
+@torch.no_grad()
+def _quantised(linear: nn.Linear) -> tuple[tuple[str, Tensor], tuple[str, Tensor]]:
+    weight8, scale = quantize_rows(linear.weight.detach())
+    return (WEIGHT, weight8.view(torch.uint8)), (SCALE, scale.contiguous().view(torch.int32))
+
+
+class _Weight:
+    """Tells whether the weight of a linear changed since it was asked before: by its version, its memory, and by the low-rank adapters that
+    were merged into it, which touches neither.
+    """
+
+    def __init__(self, linear: nn.Linear, model: nn.Module):
+        self.linear, self.model, self.adapters, self.around = linear, model, None, []
+        self.seen = self._state()
+
+    def _state(self) -> tuple:
+        adapters = tuple(getattr(self.model, "peft_config", None) or ())
+        if adapters != self.adapters:
+            self.adapters = adapters
+            self.around = [module for module in self.model.modules() if adapters and getattr(module, "base_layer", None) is self.linear]
+        weight = self.linear.weight
+        version = None if weight.is_inference() else weight._version
+        return version, weight.data_ptr(), *(tuple(getattr(module, "merged_adapters", ())) for module in self.around)
+
+    def changed(self) -> bool:
+        before, self.seen = self.seen, self._state()
+        return before != self.seen
 
 
 def serves(*linears: nn.Module) -> bool:
@@ -65,7 +93,10 @@ def feed_forward(module: nn.Module, x: Rows, *, swaps: "Swaps") -> Tensor:
     return x
 
 
-def _forward(linear: nn.Linear, input: Rows, *, swaps: "Swaps") -> Tensor:  # named as nn.Linear does: some models say it
+def _forward(linear: nn.Linear, input: Rows, *, swaps: "Swaps", of: _Weight) -> Tensor:  # `input`, as nn.Linear: some models say it
+    if not torch.compiler.is_compiling() and of.changed():
+        for name, value in _quantised(linear):
+            linear._buffers[name] = value
     dtype = linear.weight.dtype if isinstance(input, tuple) else input.dtype
     x8, scale = rows(input, swaps)
     weight8, weight_scale = getattr(linear, WEIGHT).view(torch.float8_e4m3fn), getattr(linear, SCALE).view(torch.float32)

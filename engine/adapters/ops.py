@@ -58,8 +58,8 @@ def attend(
     lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of each entry of a batch to itself or, `cross`, to a text of its own: (batch, tokens, heads, head_dim) in q's dtype, or that
-    of autocast, which the library's attention gives too.
+    """Attention of each entry of a batch to itself or, `cross`, to a text of its own: (batch, tokens, heads, head_dim) in q's dtype, or in
+    that of autocast, which the library's attention gives too.
 
     q: (batch, tokens, heads, head_dim); k, v: (batch, keys, kv heads, head_dim), views of fused projections too. mask: Full by default.
     clip: what an entry is. lengths: int32 (batch,), of the keys of an entry's text, which are all if `cross`, how many are there, the rest

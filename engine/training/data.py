@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -467,27 +468,46 @@ class VideoFolder:
         self.folder, self.seed = Path(folder), seed
         if not self.folder.is_dir():
             raise FileNotFoundError(f"folder {self.folder} does not exist or is not a folder")
+        self.broken: set[Path] = set()
         table = self.folder / "captions.jsonl"
         self.entries = self._read_table(table) if table.is_file() else self._read_neighbours()
 
     def __len__(self) -> int:
         return len(self.entries)
 
+    def captions(self) -> list[str]:
+        """All of them, the long ones too."""
+        return list(dict.fromkeys(text for _, *texts in self.entries for text in texts))
+
     def draw(self, index: int, frames: int, height: int, width: int) -> Sample:
         """Video `index` (modulo their number): consecutive frames from a random place, scaled to cover the size, cropped in the middle.
 
-        A video shorter than `frames` is played forwards and backwards until it is long enough.
+        A video shorter than `frames` is played forwards and backwards until it is long enough. One that cannot be decoded is told of once
+        in a RuntimeWarning, and the next one stands for it; ValueError if none can.
         """
-        from ..video import Clip, fit
+        from ..video import fit
 
         _check_size(index, frames, height, width)
-        path, caption, long_caption = self.entries[index % len(self.entries)]
-        video = Clip.load(path).frames
+        video, caption, long_caption = self._load(index)
         rng = np.random.default_rng([self.seed, 0, 3, index])
         start = int(rng.integers(max(len(video) - frames, 0) + 1))
         last = len(video) - 1
         times = [last - abs(last - t % (2 * last)) if last else 0 for t in range(start, start + frames)]
         return Sample(fit(video[times], height, width), caption, long_caption)
+
+    def _load(self, index: int) -> tuple[torch.Tensor, str, str]:
+        from ..video import Clip
+
+        for i in range(len(self.entries)):
+            path, *captions = self.entries[(index + i) % len(self.entries)]
+            if path in self.broken:
+                continue
+            try:
+                return Clip.load(path).frames, *captions
+            except ValueError as error:
+                self.broken.add(path)
+                warnings.warn(f"{error}; it is left out", RuntimeWarning, stacklevel=3)
+        raise ValueError(f"folder {self.folder}: none of its videos can be decoded")
 
     def _read_table(self, table: Path) -> list[tuple[Path, str, str]]:
         entries = []

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from ..pretrained import load_tensors, read_json, save_tensors, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+MOST_BROKEN = 20
+"""Steps in a row whose gradients are not finite, after which a run ends."""
 """What the optimisers remember of each parameter: AdamW the first two, Muon the last."""
 
 
@@ -103,7 +105,7 @@ class Trainer:
 
         An interrupt (Ctrl-C, or SIGTERM) ends the run after its step and a checkpoint, with KeyboardInterrupt.
         """
-        begun, sums, counted = time.monotonic() - self.seconds, {}, 0
+        begun, sums, counted, broken = time.monotonic() - self.seconds, {}, 0, 0
         with self._bar(describe) as show, _interrupts() as interrupted:
             while self.progress < 1 and not interrupted:
                 rate = self.config.learning_rate * min(1, (self.step + 1) / self.config.warmup)
@@ -116,8 +118,16 @@ class Trainer:
                 terms["loss"].backward()
                 terms["gradient"] = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip_norm)
                 if torch.isfinite(terms["gradient"]):
+                    broken = 0
                     for optimiser in self.optimisers:
                         optimiser.step()
+                else:
+                    broken += 1
+                if broken == MOST_BROKEN:
+                    raise ValueError(
+                        f"training: gradients were not finite for {MOST_BROKEN} steps, up to {self.step + 1}: it diverged (a lower "
+                        f"--learning-rate may help); the last checkpoint is as it was"
+                    )
                 self.model.zero_grad(set_to_none=True)
                 self._update_average()
                 self.step, self.seconds, counted = self.step + 1, time.monotonic() - begun, counted + 1
