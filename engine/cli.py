@@ -227,6 +227,7 @@ def train_vae(
 
 @train.command("dit")
 def train_dit(
+    context: typer.Context,
     out: Out,
     vae: Annotated[Path | None, typer.Option(help="The folder of the VAE, made by `train vae`.")] = None,
     start: Annotated[
@@ -272,8 +273,9 @@ def train_dit(
         raise ValueError(f"--latents: expected 'both' or 'space', got {latents!r}")
     if (vae is None) == (start is None):
         raise ValueError("--vae, --start: expected one of them, a VAE to train a new transformer for or a model to train on from")
-    if start is not None and text is not None:
-        raise ValueError(f"--text: expected none with --start, whose model has a text encoder, got {text!r}")
+    for name, of in (("text", "a text encoder"), *((name, "its sizes") for name in ("width", "heads", "blocks", "local", "latents"))):
+        if start is not None and context.get_parameter_source(name).name != "DEFAULT":
+            raise ValueError(f"--{name}: expected none with --start, whose model has {of}, got {context.params[name]!r}")
     kinds, where = _blocks(blocks), pick_device(device)
     torch.manual_seed(seed)
     world = _world(data, seed, pans=0.03)

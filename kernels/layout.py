@@ -320,10 +320,10 @@ def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy of a host's table on the device, which the host does not wait for. Raises RuntimeError while a CUDA graph is captured: each
     replay would write what the table holds now.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("layout: its tables are made by the first call with it, which cannot be captured: call once before the capture")
     if device.type != "cuda" or torch.compiler.is_compiling():  # which cannot trace what pins memory
         return x.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("layout: its tables are made by the first call with it, which cannot be captured: call once before the capture")
     return x.pin_memory().to(device, non_blocking=True)
 
 

@@ -159,11 +159,17 @@ def break_weights(folder):
         (("train", "dit", "--vae", "vae", "--start", "bundled", "-o", "run"), "--vae, --start: expected one of them"),
         (("train", "dit", "--start", "nowhere", "-o", "run"), "nowhere"),
         (("train", "dit", "--start", "bundled", "--text", "t5", "-o", "run"), "--text: expected none with --start"),
+        (("train", "dit", "--start", "bundled", "--width", "64", "-o", "run"), "--width: expected none with --start, whose model has its"),
+        (("train", "dit", "--vae", "x", "--heads", "0", "-o", "run"), "--heads"),
+        (("sample", "x", "-o", ""), "--out: expected a name or a folder, got an empty one"),
+        (("sample", "x", "-o", "plain"), "--out: expected a folder, or a name that ends in"),
+        (("sample", "x", "--save-frames", "plain"), "--save-frames: expected a folder"),
         (("train", "dit", "--vae", "nowhere", "-o", "run", "--latents", "none"), "--latents: expected 'both' or 'space', got 'none'"),
     ],
 )
 def test_bad_input(tubelet, tmp_path, model, arguments, words):
-    (tmp_path / "text.png").write_text("not a picture")
+    for name in ("text.png", "plain"):
+        (tmp_path / name).write_text("not a picture")
     if "broken" in arguments:
         shutil.copytree(model, tmp_path / "broken")
         break_weights(tmp_path / "broken")

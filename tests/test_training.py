@@ -204,11 +204,29 @@ def test_steps_do_not_repeat_and_are_fixed_by_the_seed(folder):
         ({"steps": 0}, "steps: expected a number above 0, got 0"),
         ({"minutes": -1.0}, "minutes: expected a number above 0, got -1"),
         ({"precision": "fp8"}, "precision: expected 'bf16' or 'fp32', got 'fp8'"),
+        ({"minutes": float("nan")}, "minutes: expected a number above 0, got nan"),
+        ({"seed": -1}, "seed: expected a whole number, not below 0, got -1"),
     ],
 )
 def test_bad_settings_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         TrainerConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "words"),
+    [
+        (StageOneConfig, {"kl_warmup": 0}, "kl_warmup: expected a number, not below 1, got 0"),
+        (StageOneConfig, {"kl_weight": float("nan")}, "kl_weight: expected a number, not below 0, got nan"),
+        (StageOneConfig, {"longest_clip": 0}, "longest_clip: expected a number, not below 1, got 0"),
+        (StageTwoConfig, {"images": float("nan")}, "images: expected a share from 0 to 1, got nan"),
+        (StageTwoConfig, {"usual": -3.0}, "usual: expected a share from 0 to 1, got -3"),
+        (StageTwoConfig, {"shift": 0.0}, "shift: expected a number above 0, got 0"),
+    ],
+)
+def test_bad_settings_of_a_stage_are_named(config, options, words):
+    with pytest.raises(ValueError, match=words):
+        config(**options)
 
 
 def test_a_run_of_another_model_is_named(folder, tmp_path):

@@ -8,6 +8,7 @@ more, need not. The rate must cost something, else H is ignored. DropLoss (TECO)
 frames, while the time transformer sees all.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,11 @@ class StageOneConfig:
     decoded_share: float = 0.5
     decoder_only: bool = False
     seed: int = 0
+
+    def __post_init__(self):
+        for name, least in (("longest_clip", 1), ("kl_warmup", 1), ("seed", 0), ("kl_weight", 0)):
+            if not least <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a number, not below {least}, got {getattr(self, name)}")
 
 
 class StageOne:

@@ -5,6 +5,7 @@ enter as the frame encoded alone, at timestep 0, and carry no loss. Captions are
 classifier-free guidance.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,16 @@ class StageTwoConfig:
     shift: float = 2.0
     frame_times: float = 0.9
     seed: int = 0
+
+    def __post_init__(self):
+        for name in ("images", "usual", "beginnings", "long_captions", "empty_captions", "frame_times"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(self, name)}")
+        for name, least in (("tokens", 1), ("longest_clip", 1), ("usual_frames", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected a number, not below {least}, got {getattr(self, name)}")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"shift: expected a number above 0, got {self.shift}")
 
 
 @dataclass(frozen=True)

@@ -52,10 +52,12 @@ class TrainerConfig:
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"precision: expected 'bf16' or 'fp32', got {self.precision!r}")
         for name in ("steps", "learning_rate", "log_every", "save_every"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number above 0, got {getattr(self, name)}")
-        if self.minutes is not None and self.minutes <= 0:
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise ValueError(f"minutes: expected a number above 0, got {self.minutes}")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected a whole number, not below 0, got {self.seed}")
 
 
 class Trainer:
