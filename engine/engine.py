@@ -133,9 +133,8 @@ class Engine:
         The arguments up to `extend` describe the video of a prompt, as in `Request`. loop: the last frame leads on to the first. steps,
         solver ("euler", "heun", "dpm++2m"), shift (of the noise schedule) and stagger (by how many evaluations of the model each frame
         lags behind the one before; 0: all frames together, as those between known frames always are) default to what the model was tuned
-        for. graphs: whether evaluations that
-        repeat are captured in CUDA graphs; None: on a GPU, for packs so small that the host would else take longer than the GPU.
-        progress(done, of) is called after every evaluation of the model.
+        for. graphs: whether evaluations that repeat are captured in CUDA graphs; None: on a GPU, for packs so small that the host would
+        else take longer than the GPU. progress(done, of) is called after every evaluation of the model.
 
         Returns a Clip, or a list of them for a list. Known frames come out as they went in. Raises ValueError or TypeError for a bad
         request.

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from ..pretrained import load_tensors, read_json, save_tensors, write_json
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+"""What the optimisers remember of each parameter: AdamW the first two, Muon the last."""
 MOST_BROKEN = 20
 """Steps in a row whose gradients are not finite, after which a run ends."""
-"""What the optimisers remember of each parameter: AdamW the first two, Muon the last."""
 
 
 @dataclass(frozen=True)
