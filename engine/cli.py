@@ -109,6 +109,10 @@ def sample(
     if backward and video is None:
         raise ValueError("--backward: needs a --video to extend")
     given = Clip.load(video) if video is not None else None
+    beyond = f"{frames + (0 if given is None else len(given)):05d}.png"
+    for name, folder in (("--out", out), ("--save-frames", save_frames)):
+        if folder is not None and folder.is_dir() and (folder / beyond).exists():
+            raise ValueError(f"{name}: {folder} holds frames of a longer video, from {beyond} on: expected them elsewhere, or removed")
     images = {index: load_image(path) for index, path in ((0, image), (-1, last_image)) if path is not None}
 
     with console.status("loading the model"):

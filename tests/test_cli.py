@@ -68,6 +68,16 @@ def test_precisions(tubelet):
     assert code == 0 and "fp8_linear" in said and "gelu_quantize_rows" in said, said
 
 
+def test_frames_of_a_longer_video_are_not_mixed_with_those_of_a_shorter(tubelet, tmp_path):
+    for frames, expected in ((4, 0), (4, 0), (3, 2), (5, 0)):
+        code, said = tubelet("sample", "x", "-o", "each", "--frames", frames, "--size", "32x32")
+        assert code == expected, said
+        if code:
+            words = "--out: each holds frames of a longer video, from 00003.png on: expected them elsewhere, or removed"
+            assert words in " ".join(said.split()) and len(list((tmp_path / "each").iterdir())) == 4
+    assert len(Clip.load(tmp_path / "each")) == 5
+
+
 def test_known_frames(tubelet, tmp_path):
     first, last = (torch.randint(0, 256, (32, 48, 3), dtype=torch.uint8) for _ in range(2))
     save_png(first, tmp_path / "first.png")
