@@ -150,9 +150,11 @@ def _check_folder(out: Path) -> None:
 
 
 def _list(cases) -> None:
+    from .record import LEVELS
+
     table = Table("op", "case", "level", "tokens")
     for case in cases:
-        table.add_row(case.op, case.name, ("quick", "default", "full")[case.level], str(case.shape.get("tokens", "")))
+        table.add_row(case.op, case.name, LEVELS[case.level], str(case.shape.get("tokens", "")))
     console.print(table)
 
 

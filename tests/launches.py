@@ -1,4 +1,4 @@
-"""What `tubelet.kernels.dispatch.launch` gives to a driver, beside what Triton itself gives to it: a script for test_dispatch.py, which has
+"""What `tubelet.kernels.launch` gives to a driver, beside what Triton itself gives to it: a script for test_dispatch.py, which has
 to run where nothing is interpreted. There is no GPU: the driver writes down what it is to launch.
 """
 
@@ -12,7 +12,8 @@ import triton.language as tl
 from codegen import _Device
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from tubelet.kernels import dispatch
+from tubelet.kernels import engaged
+from tubelet.kernels.launch import launch
 
 
 class Part(NamedTuple):
@@ -85,17 +86,17 @@ def main() -> None:
         arguments = [torch.empty(999), *(given[name] for name in ("x", "other", "part", "numbers", "stride", "n", "factor"))]
         constants = {name: given[name] for name in ("num_warps", "DIMS", "BLOCK", "FLAG")}
         gpu.launches.clear()
-        dispatch.launch("op", kernel, 4, *arguments, **constants)
+        launch("op", kernel, 4, *arguments, **constants)
         run, JITFunction.run = JITFunction.run, None
         try:
-            dispatch.launch("op", kernel, 4, *arguments, **constants)  # without Triton's way
+            launch("op", kernel, 4, *arguments, **constants)  # without Triton's way
         finally:
             JITFunction.run = run
         plain = constants | {"DIMS": tuple(map(tl.constexpr, given["DIMS"]))}
         kernel[(4,)](*arguments, enable_fp_fusion=False, **plain)
         found.append([len(gpu.launches), len(set(gpu.launches))])
         ours = max(ours, gpu.launches[-1][3] + 1)
-    print(json.dumps({"launches": found, "kernels": ours, "engaged": dispatch.engaged()["op"]["triton"].kernels}))
+    print(json.dumps({"launches": found, "kernels": ours, "engaged": engaged()["op"]["triton"].kernels}))
 
 
 if __name__ == "__main__":

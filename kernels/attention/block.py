@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import launch
+from ..launch import launch
 from ..layout import VideoLayout
 from ..masks import Mask, visible
 from .configs import Config, split_head_dim

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import INTERPRETED, NO_GLUON, as_operator, cdiv, lanes, launch, select
+from ..dispatch import INTERPRETED, NO_GLUON, as_operator, select
+from ..launch import cdiv, lanes, launch
 from .reference import FP8, LARGEST
 
 LARGEST_CHANNELS = 16384

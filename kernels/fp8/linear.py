@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch.utils.flop_counter import register_flop_formula
 
-from ..dispatch import NO_GLUON, as_operator, cdiv, launch, select
+from ..dispatch import NO_GLUON, as_operator, select
+from ..launch import cdiv, launch
 from .fused import without_e4m3
 
 GROUP = 8

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import NO_GLUON, as_operator, cdiv, launch, select
+from ..dispatch import NO_GLUON, as_operator, select
+from ..launch import cdiv, launch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

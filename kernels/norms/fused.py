@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import NO_GLUON, as_operator, cdiv, lanes, launch, select
+from ..dispatch import NO_GLUON, as_operator, select
 from ..fp8 import FP8, LARGEST
+from ..launch import cdiv, lanes, launch
 
 LARGEST_CHANNELS = 16384
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

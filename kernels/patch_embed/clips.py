@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import INTERPRETED, cdiv, launch
+from ..dispatch import INTERPRETED
+from ..launch import cdiv, launch
 from ..layout import VideoLayout
 from .reference import grid_of, video_rows, without_gaps
 

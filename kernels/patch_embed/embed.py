@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention.block import PRECISION
-from ..dispatch import cdiv, launch
+from ..launch import cdiv, launch
 from .clips import BLOCK_M, Source, as_bytes, before_hopper, find, gather, grid_of_tokens, place, power, strides_of, unit_of, weights
 from .reference import grid_of
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention.block import PRECISION
-from ..dispatch import cdiv, launch
+from ..launch import cdiv, launch
 from ..norms.fused import chunks_of_rows
 from .clips import TYPES, as_bytes, compute_capability, power, strides_of, unit_of, weights
 from .project import FOLDED, Folded, factor_of, table_rows

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention.block import PRECISION
-from ..dispatch import cdiv, lanes, launch
+from ..launch import cdiv, lanes, launch
 from ..norms import fused as norms
 from .clips import (
     BLOCK_M,

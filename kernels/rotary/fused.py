@@ -25,8 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..dispatch import cdiv, constants, launch
 from ..fp8 import FP8, LARGEST
+from ..launch import cdiv, constants, launch
 from .reference import NormRope
 
 OP = "qk_norm_rope"
